@@ -1,0 +1,1 @@
+"""Lease backends: where a lease is taken so that other hosts see it."""

@@ -1,0 +1,154 @@
+"""What a lease backend is: the protocol between the keeper and whatever guards an image on the storage.
+
+A backend knows nothing of opens, processes' rules or FUSE. It takes, converts and gives back one lease
+per image for this host, tells who holds an image, carries a host's wish for an image to its holder, and
+reports when a lease it granted is in doubt or lost.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+
+class Mode(enum.Enum):
+    """How a lease shares the image: EXCLUSIVE with nobody, SHARED with other SHARED leases."""
+
+    EXCLUSIVE = "exclusive"
+    SHARED = "shared"
+
+
+class LeaseState(enum.Enum):
+    """HELD is certain, DOUBT means renewal is late (writes wait), LOST means another host may hold it."""
+
+    HELD = "held"
+    DOUBT = "doubt"
+    LOST = "lost"
+    RELEASED = "released"
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image as a backend sees it.
+
+    `inode` is the file's inode number on the storage: it survives renames and hard links and is the same
+    on every host that mounts the store. `path` is a current name relative to the store's root, without a
+    leading slash, for people and for path-based lock managers. `descriptor` is the open file description
+    that carries locks; it is the one that backs a passthrough, so that locks live as long as the data
+    path does. It is open for reading, and for writing when the image can be written at all. The caller
+    keeps it open until the lease was released.
+    """
+
+    inode: int
+    path: bytes
+    descriptor: int
+
+    @property
+    def name(self) -> str:
+        """The path for people, undecodable bytes escaped."""
+        return self.path.decode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who a lease is taken for, as told to other hosts. `since` is in seconds of the epoch."""
+
+    host: str
+    pid: int
+    program: str
+    since: float
+
+    def __str__(self) -> str:
+        return f"{self.program} (pid {self.pid}) on {self.host}"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Somebody who holds an image; `owner` is None where the storage does not tell who.
+
+    `description` says how it is held, for people: "lockfs", "virtlockd", "QEMU without lockfs".
+    """
+
+    mode: Mode
+    description: str
+    owner: Owner | None = None
+
+    def __str__(self) -> str:
+        return f"{self.owner} [{self.description}]" if self.owner else self.description
+
+
+@dataclass
+class Lease:
+    """A lease in hand. Backends subclass it for what they must remember; only they change `state`."""
+
+    image: Image
+    mode: Mode
+    owner: Owner
+    state: LeaseState = field(default=LeaseState.HELD)
+
+
+LeaseEvent = Callable[[Lease], None]
+
+
+class Backend(ABC):
+    """One way to guard images. All methods run on the trio thread and never block it.
+
+    One task at a time calls acquire, convert or release for a given image; different images run
+    concurrently. Every method may raise BackendError when the storage does not answer.
+    """
+
+    name: str
+
+    async def start(self, on_change: LeaseEvent) -> None:  # noqa: B027  (optional)
+        """Make ready. `on_change` is called, on the trio thread, whenever a granted lease's state changes.
+
+        Raises:
+            SetupError: the storage cannot carry this backend's leases; says what to do.
+        """
+
+    async def stop(self) -> None:  # noqa: B027  (optional)
+        """End cleanly; every lease was released before."""
+
+    @abstractmethod
+    async def acquire(self, image: Image, mode: Mode, owner: Owner, deadline: float) -> Lease:
+        """Take the lease in one attempt; a conflict is an answer, not a reason to wait.
+
+        `deadline` is trio time by which the attempt must have ended, for backends whose attempt takes
+        several I/Os. Cancelled or failed, nothing stays taken.
+
+        Raises:
+            ImageBusy: somebody holds it; the sentence names them as far as the storage tells.
+            BackendError: the storage did not answer.
+        """
+
+    @abstractmethod
+    async def convert(self, lease: Lease, mode: Mode, deadline: float) -> None:
+        """Change the mode of a held lease. If it fails, the lease keeps its old mode.
+
+        Raises:
+            ImageBusy: another host shares it.
+        """
+
+    @abstractmethod
+    async def release(self, lease: Lease) -> None:
+        """Give the lease back; when this returns another host can take it. Shielded by the caller."""
+
+    @abstractmethod
+    async def holders(self, image: Image) -> list[Holder]:
+        """Everybody *else* who holds the image now, empty if it is free or only this host's."""
+
+    async def known_paths(self) -> list[bytes]:
+        """Paths, relative to the store, of images that some host may hold: a hint for reports, bounded."""
+        return []
+
+    async def request(self, image: Image, owner: Owner) -> None:  # noqa: B027  (optional)
+        """Ask whoever holds the image to let it go if they can; repeating it is harmless."""
+
+    async def withdraw(self, image: Image, owner: Owner) -> None:  # noqa: B027  (optional)
+        """Take the request back, after it was granted or given up."""
+
+    async def requested(self, held: Iterable[int]) -> set[int]:
+        """Of the inode numbers `held` by this host, those that another host asks for."""
+        return set()

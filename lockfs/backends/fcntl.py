@@ -1,0 +1,329 @@
+"""The backend that takes leases as file locks on the storage: network and cluster file systems, or one host.
+
+Locks sit on the image's own descriptor (see image_locks for the bytes), the one that backs the passthrough:
+the kernel keeps them for as long as the data path lives, also when lockfs is killed. Where `lock_dir` is
+set, virtlockd's lock file for the image is locked besides (see virtlockd); that lock lives only as long as
+the process that holds it.
+
+A lease names an inode, not a path: an image whose name was given to another file meanwhile is still the
+image that the lease guards, so the name is not looked at again after locking.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import trio
+
+from lockfs.backends import image_locks, sightings
+from lockfs.backends.base import Backend, Holder, Image, Lease, LeaseEvent, LeaseState, Mode, Owner
+from lockfs.backends.owners import OwnerRecords
+from lockfs.backends.requests import Requests
+from lockfs.backends.state import StateDirectory
+from lockfs.backends.storecheck import check_store
+from lockfs.backends.virtlockd import LockDirectory, LockFile
+from lockfs.errors import BackendError, ImageBusy, SetupError
+
+LOCK_THREADS = 16
+_HOST_CHARS_MAX = 64
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FcntlOptions:
+    """Whom the backend keeps out besides other lockfs hosts, which it always does.
+
+    `virtlockd`: hosts whose virtlockd locks the image itself. `qemu`: QEMU run without lockfs. `lock_dir`:
+    the shared lockspace directory of virtlockd's indirect mode, and `lock_path` the store's path as those
+    hosts write it in their domain XML, byte for byte.
+    """
+
+    virtlockd: bool = True
+    qemu: bool = True
+    lock_dir: str | None = None
+    lock_path: str | None = None
+
+
+@dataclass
+class FcntlLease(Lease):
+    """A lease held by locks on its image's descriptor and, in indirect mode, on a lock file."""
+
+    lock_file: LockFile | None = None
+
+
+class _LeaseBroken(BackendError):
+    """A conversion failed half-way and the old locks could not be had back."""
+
+
+class FcntlBackend(Backend):
+    """Leases by open-file-description locks; one hop to a worker thread for each call."""
+
+    name = "fcntl"
+
+    def __init__(
+        self, options: FcntlOptions, store_fd: int, host: str, *, instance: bytes | None = None
+    ) -> None:
+        """`store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`.
+
+        `instance` names this mount's files in the store's state directory; it must differ from that of every
+        other mount of the store. The default is the host's name and a random number.
+        """
+        if instance is None:
+            safe = re.sub(r"[^A-Za-z0-9-]", "_", host)[:_HOST_CHARS_MAX]
+            instance = f"{safe}-{secrets.token_hex(6)}".encode()
+        self._options = options
+        self._parties = image_locks.Parties(options.virtlockd, options.qemu)
+        self._store_fd = store_fd
+        self._host = host
+        state = StateDirectory(store_fd)
+        self._records = OwnerRecords(state, instance)
+        self._requests = Requests(state, instance)
+        self._lock_files: LockDirectory | None = None
+        self._leases: dict[int, FcntlLease] = {}
+        self._limiter = trio.CapacityLimiter(LOCK_THREADS)
+        self._on_change: LeaseEvent = lambda lease: None
+
+    async def start(self, on_change: LeaseEvent) -> None:
+        """Check the store's locks and open the lock directory; raises SetupError."""
+        self._on_change = on_change
+        await self._in_thread(self._prepare)
+
+    def _prepare(self) -> None:
+        check_store(self._store_fd)
+        if self._options.lock_dir is None:
+            return
+        if self._options.lock_path is None:
+            raise SetupError("lock_dir= also needs lock_path=, the store's path as the other hosts write it.")
+        try:
+            self._lock_files = LockDirectory(self._options.lock_dir, self._options.lock_path)
+        except OSError as error:
+            raise SetupError(
+                f"The lock directory {self._options.lock_dir} cannot be opened: {error.strerror}; "
+                "lock_dir= must name virtlockd's lockspace directory, shared by all hosts."
+            ) from error
+
+    async def stop(self) -> None:
+        """Close the lock directory and remove what is left of the owner records."""
+        await self._in_thread(self._records.clear)
+        if self._lock_files is not None:
+            self._lock_files.close()
+            self._lock_files = None
+
+    async def acquire(self, image: Image, mode: Mode, owner: Owner, deadline: float) -> FcntlLease:
+        """Take the lease in one attempt; see Backend.acquire. A lock call has no deadline of its own.
+
+        An EXCLUSIVE lease needs a descriptor open for writing.
+        """
+        if image.inode in self._leases:  # a failed second attempt would drop the first one's locks
+            raise BackendError(f"{image.name} is already leased by this mount.")
+        # No checkpoint after the thread returned: cancelled means that it never ran.
+        lease = await self._in_thread(self._acquire, image, mode, owner)
+        self._leases[image.inode] = lease
+        return lease
+
+    async def convert(self, lease: Lease, mode: Mode, deadline: float) -> None:
+        """Change the mode; see Backend.convert. If the old locks cannot be kept the lease is LOST."""
+        held = _ours(lease)
+        if held.mode is mode:
+            return
+        try:
+            await self._in_thread(self._convert, held, mode)
+        except _LeaseBroken:
+            held.state = LeaseState.LOST
+            self._on_change(held)
+            raise
+
+    async def release(self, lease: Lease) -> None:
+        """Drop every lock; see Backend.release.
+
+        Raises:
+            BackendError: a step failed; what could be given back was, and closing the image's descriptor
+                gives back the rest.
+        """
+        held = _ours(lease)
+        if held.state is LeaseState.RELEASED:
+            return
+        try:
+            await self._in_thread(self._release, held)
+        finally:
+            held.state = LeaseState.RELEASED
+            self._leases.pop(held.image.inode, None)
+
+    async def holders(self, image: Image) -> list[Holder]:
+        """Everybody else who is in the way of an EXCLUSIVE lease; see Backend.holders.
+
+        Works on a descriptor that is open for reading only.
+        """
+        lease = self._leases.get(image.inode)
+        if lease is None:
+            return await self._in_thread(self._look, image, image.descriptor, None)
+        # Our own locks are no conflict only for the descriptions that carry them. Duplicates are of those,
+        # and stay valid if the lease ends while the thread looks.
+        fd = os.dup(lease.image.descriptor)
+        held = None
+        try:
+            if lease.lock_file is not None:
+                held = os.dup(lease.lock_file.descriptor)
+            return await self._in_thread(self._look, image, fd, held)
+        finally:
+            os.close(fd)
+            if held is not None:
+                os.close(held)
+
+    async def known_paths(self) -> list[bytes]:
+        """Paths from the owner records of all hosts."""
+        return await self._in_thread(self._records.paths)
+
+    async def request(self, image: Image, owner: Owner) -> None:
+        """Ask for the image; a request lives on only while this is repeated (see requests)."""
+        await self._in_thread(self._requests.send, image.inode, owner, trio.current_time())
+
+    async def withdraw(self, image: Image, owner: Owner) -> None:
+        """Take the request back."""
+        await self._in_thread(self._requests.withdraw, image.inode)
+
+    async def requested(self, held: Iterable[int]) -> set[int]:
+        """Those of the inodes `held` that a living host asks for."""
+        return await self._in_thread(self._requests.asked_for, frozenset(held), trio.current_time())
+
+    async def _in_thread(self, work: Callable[..., _T], *arguments: object) -> _T:
+        return await trio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
+
+    # What follows runs on worker threads.
+
+    def _acquire(self, image: Image, mode: Mode, owner: Owner) -> FcntlLease:
+        _check_descriptor(image, mode)
+        lease = FcntlLease(image, mode, owner)
+        taken = False
+        try:
+            taken = self._take(lease)
+        except OSError as error:
+            raise _failed(image, "locked", error) from error
+        finally:
+            if not taken:
+                self._give_back(lease)
+        if not taken:
+            raise self._busy(image, None)
+        self._records.write(image.inode, mode, owner, image.path)
+        return lease
+
+    def _take(self, lease: FcntlLease) -> bool:
+        image = lease.image
+        if not image_locks.take(image.descriptor, lease.mode, self._parties):
+            return False
+        if self._lock_files is None:
+            return True
+        lease.lock_file = self._lock_files.take(image.path, lease.mode)
+        return lease.lock_file is not None
+
+    def _release(self, lease: FcntlLease) -> None:
+        self._records.remove(lease.image.inode, lease.mode)
+        self._give_back(lease)
+
+    def _give_back(self, lease: FcntlLease) -> None:
+        """Drop all locks, the second also if the first fails; raises BackendError."""
+        problem: OSError | None = None
+        if lease.lock_file is not None:
+            lock_file, lease.lock_file = lease.lock_file, None
+            try:
+                lock_file.give_back()
+            except OSError as error:
+                problem = error
+        try:
+            image_locks.drop(lease.image.descriptor)
+        except OSError as error:
+            problem = error
+        if problem is not None:
+            raise _failed(lease.image, "unlocked wholly", problem) from problem
+
+    def _convert(self, lease: FcntlLease, mode: Mode) -> None:
+        image, old = lease.image, lease.mode
+        _check_descriptor(image, mode)
+        changed = False
+        try:
+            changed = self._change(lease, mode)
+        except OSError as error:
+            raise _failed(image, "relocked", error) from error
+        finally:
+            if not changed:
+                self._restore(lease)
+        if not changed:
+            raise self._busy(image, lease.lock_file)
+        lease.mode = mode
+        self._records.write(image.inode, mode, lease.owner, image.path)
+        self._records.remove(image.inode, old)
+
+    def _change(self, lease: FcntlLease, mode: Mode) -> bool:
+        """Strengthen in the order of taking; weaken in the reverse, so that no gap opens for another host."""
+        fd, lock_file = lease.image.descriptor, lease.lock_file
+        if mode is Mode.EXCLUSIVE:
+            taken = image_locks.take(fd, mode, self._parties)
+            return taken and (lock_file is None or lock_file.convert(mode))
+        if lock_file is not None and not lock_file.convert(mode):
+            return False
+        image_locks.narrow(fd, self._parties)
+        return True
+
+    def _restore(self, lease: FcntlLease) -> None:
+        """Have the locks of the lease's mode again after a change that failed half-way."""
+        fd, lock_file = lease.image.descriptor, lease.lock_file
+        kept = True
+        try:
+            if lease.mode is Mode.EXCLUSIVE:
+                kept = image_locks.take(fd, lease.mode, self._parties)
+            else:
+                image_locks.narrow(fd, self._parties)
+            if lock_file is not None:
+                kept = lock_file.convert(lease.mode) and kept
+        except OSError as error:
+            raise _LeaseBroken(f"The locks of {lease.image.name} are lost: {error.strerror}.") from error
+        if not kept:
+            raise _LeaseBroken(f"The locks of {lease.image.name} are lost: another host took them.")
+
+    def _busy(self, image: Image, lock_file: LockFile | None) -> ImageBusy:
+        held = None if lock_file is None else lock_file.descriptor
+        holders = self._look(image, image.descriptor, held)
+        names = ", ".join(str(holder) for holder in holders) or "another host, which let go meanwhile"
+        return ImageBusy(f"{image.name} is held by {names}.")
+
+    def _look(self, image: Image, fd: int, held: int | None) -> list[Holder]:
+        try:
+            found = sightings.lockfs_holders(fd, image.inode, self._records, self._host)
+            if found:
+                return found  # the other bytes are, or may be, theirs
+            found = sightings.parties_on_bytes(fd, self._parties, self._host)
+            conflict = self._lock_files and self._lock_files.locked_by(image.path, held)
+            return [*found, sightings.on_lock_byte(conflict, self._host)] if conflict else found
+        except OSError as error:
+            raise _failed(image, "asked for locks", error) from error
+
+
+def _ours(lease: Lease) -> FcntlLease:
+    if not isinstance(lease, FcntlLease):
+        raise TypeError("the lease was granted by another backend")
+    return lease
+
+
+def _check_descriptor(image: Image, mode: Mode) -> None:
+    """Write locks need a descriptor open for writing (fcntl(2), EBADF otherwise)."""
+    if mode is Mode.EXCLUSIVE and fcntl.fcntl(image.descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise BackendError(f"{image.name} cannot be held exclusively: it can only be opened for reading.")
+
+
+def _failed(image: Image, what: str, error: OSError) -> BackendError:
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        reason += f" (lock file {os.fsdecode(error.filename)})"
+    if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+        reason += "; the storage has no lock manager"
+    return BackendError(f"{image.name} could not be {what}: {reason}.")
