@@ -1,0 +1,1 @@
+"""The mirror file system: names, attributes, directories, extended attributes and opens."""

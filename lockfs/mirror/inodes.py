@@ -1,0 +1,161 @@
+"""The files that the kernel knows, each with a descriptor of its own.
+
+An inode is found by what it is on the storage, (st_dev, st_ino), so that hard links are one inode, and by
+its node number, under which the kernel names it. Its O_PATH descriptor follows it through renames and
+keeps it when it is unlinked. The table is changed on the trio thread only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pyfuse3
+
+if TYPE_CHECKING:
+    from lockfs.mirror.backings import Backing
+
+SYNTHETIC_FIRST = 1 << 62
+"""Node numbers from here up stand for files whose own number is taken or of another device."""
+
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file that a name led to: a fresh O_PATH descriptor, its status, and whether the inode that the
+    table knows under the same key turned out to be a file that is gone from the server (ESTALE)."""
+
+    descriptor: int
+    status: os.stat_result
+    stale: bool = False
+
+    @property
+    def key(self) -> Key:
+        """What the file is on the storage."""
+        return (self.status.st_dev, self.status.st_ino)
+
+
+@dataclass(eq=False, slots=True)
+class Inode:
+    """A file that the kernel knows.
+
+    `lookups` is how many times it was told to the kernel and not yet forgotten. `generation` tells apart
+    files that had the same number one after another. `backing` is there while the file is open. `retired`
+    are descriptors of earlier generations, closed together with the current one.
+    """
+
+    number: int
+    descriptor: int
+    key: Key
+    kind: int
+    lookups: int = 0
+    generation: int = 0
+    backing: Backing | None = None
+    forgotten: bool = False
+    retired: list[int] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        """A path that leads to the file itself, also when it has no name or is a symbolic link."""
+        return f"/proc/self/fd/{self.descriptor}"
+
+    @property
+    def regular(self) -> bool:
+        """Whether it is a regular file: an image."""
+        return self.kind == stat.S_IFREG
+
+    def take_descriptors(self) -> list[int]:
+        """The descriptors to close now that the inode is not needed any more."""
+        descriptors = [*self.retired, self.descriptor]
+        self.retired, self.descriptor = [], -1
+        return descriptors
+
+
+class InodeTable:
+    """All inodes that the kernel knows, and the root."""
+
+    def __init__(self, root: int) -> None:
+        """`root` is an O_PATH descriptor of the store's root directory; the table owns it from here on."""
+        status = os.fstat(root)
+        self.device = status.st_dev
+        self.root = Inode(pyfuse3.ROOT_INODE, root, (status.st_dev, status.st_ino), stat.S_IFDIR, lookups=1)
+        self._by_number = {self.root.number: self.root}
+        self._by_key = {self.root.key: self.root}
+        self._synthetic = SYNTHETIC_FIRST
+
+    def __len__(self) -> int:
+        return len(self._by_number)
+
+    @property
+    def lookups(self) -> int:
+        """The sum of all lookup counts, the root's own not counted."""
+        return sum(inode.lookups for inode in self._by_number.values()) - 1
+
+    def get(self, number: int) -> Inode:
+        """The inode of a node number.
+
+        Raises:
+            OSError: ESTALE if there is none.
+        """
+        try:
+            return self._by_number[number]
+        except KeyError:
+            raise OSError(errno.ESTALE, f"there is no inode {number}") from None
+
+    def find(self, key: Key) -> Inode | None:
+        """The inode of a file on the storage, if it is known. Any thread may ask."""
+        return self._by_key.get(key)
+
+    def adopt(self, found: Found) -> Inode:
+        """The inode of a file that was found, with one more lookup; the table owns `found.descriptor`."""
+        inode = self._by_key.get(found.key)
+        if inode is None:
+            number = self._number_for(found.key)
+            inode = Inode(number, found.descriptor, found.key, stat.S_IFMT(found.status.st_mode))
+            self._by_number[number] = self._by_key[found.key] = inode
+        elif found.stale or inode.kind != stat.S_IFMT(found.status.st_mode):
+            # Another file with a number used before: the kernel tells them apart by the generation.
+            inode.retired.append(inode.descriptor)
+            inode.descriptor, inode.kind = found.descriptor, stat.S_IFMT(found.status.st_mode)
+            inode.generation += 1
+            inode.backing = None
+        else:
+            os.close(found.descriptor)
+        inode.lookups += 1
+        return inode
+
+    def _number_for(self, key: Key) -> int:
+        device, number = key
+        usable = pyfuse3.ROOT_INODE < number < SYNTHETIC_FIRST
+        if device == self.device and usable and number not in self._by_number:
+            return number
+        self._synthetic += 1
+        return self._synthetic
+
+    def forget(self, number: int, count: int) -> list[int]:
+        """Take back `count` lookups; returns descriptors to close, of an inode that nobody knows any more.
+
+        A number that is not in the table was never told to the kernel; forgetting it is harmless. The
+        descriptor of an inode that is still open is left to the end of its backing.
+        """
+        inode = self._by_number.get(number)
+        if inode is None:
+            return []
+        inode.lookups -= count
+        if inode.lookups > 0 or inode is self.root:
+            return []
+        del self._by_number[number]
+        del self._by_key[inode.key]
+        inode.forgotten = True
+        return [] if inode.backing is not None else inode.take_descriptors()
+
+    def clear(self) -> list[int]:
+        """Forget everything, the root too; returns all descriptors to close."""
+        descriptors = [fd for inode in self._by_number.values() for fd in inode.take_descriptors()]
+        self._by_number.clear()
+        self._by_key.clear()
+        return descriptors
