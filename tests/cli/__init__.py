@@ -1,0 +1,1 @@
+"""Commands, options, mounting, the control socket and the scripts."""

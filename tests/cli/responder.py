@@ -1,0 +1,92 @@
+"""The smallest file system that a mount can be tested with: an empty root directory that answers statfs.
+
+Run as a program it is lockfs with this in the place of the real server; LOCKFS_STUB says how it behaves:
+serve, fail (before it is ready), die (likewise, killed), silent (never ready), end (returns before it is
+ready), defect (an unexpected exception after it was ready), group (a SetupError in a nest of groups).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable
+
+from lockfs.cli import main, options
+from lockfs.errors import SetupError
+from lockfs.mount.options import MountOptions
+
+_IN = struct.Struct("=IIQQIIIHH")
+_OUT = struct.Struct("=IiQ")
+GETATTR, STATFS, INIT, DESTROY, FORGET, BATCH_FORGET = 3, 17, 26, 38, 2, 42
+_INIT_OUT = struct.Struct("=IIIIHHIIHHIIH22x")
+_ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
+BUFFER_BYTES = 1 << 18
+
+
+def _body(opcode: int) -> bytes | None:
+    if opcode == INIT:
+        return _INIT_OUT.pack(7, 31, 65536, 0, 12, 9, 65536, 1, 0, 0, 0, 0, 0)
+    if opcode == GETATTR:
+        return struct.pack("=QII", 0, 0, 0) + _ATTR.pack(1, *[0] * 8, 0o40755, 2, 0, 0, 0, 4096, 0)
+    if opcode == STATFS:
+        return struct.pack("=QQQQQIIII24x", 100, 50, 50, 10, 5, 4096, 255, 4096, 0)
+    return None
+
+
+def respond(device_fd: int, ready: Callable[[], None]) -> None:
+    """Answer requests until the mount is gone; `ready` is called after INIT was answered."""
+    while True:
+        try:
+            request = os.read(device_fd, BUFFER_BYTES)
+        except OSError as error:
+            if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
+                continue
+            if error.errno == errno.ENODEV:
+                return
+            raise
+        _, opcode, unique, *_ = _IN.unpack_from(request)
+        if opcode in (FORGET, BATCH_FORGET):
+            continue
+        body = _body(opcode)
+        number = -errno.ENOSYS if body is None else 0
+        os.write(device_fd, _OUT.pack(16 + len(body or b""), number, unique) + (body or b""))
+        if opcode == INIT:
+            ready()
+
+
+def _defective(ready: Callable[[], None]) -> Callable[[], None]:
+    def then_break() -> None:
+        ready()
+        raise ZeroDivisionError("a defect")
+
+    return then_break
+
+
+def serve(mount_options: MountOptions, source_fd: int, device_fd: int, ready: Callable[[], None]) -> None:
+    """A server that behaves as LOCKFS_STUB says."""
+    how = os.environ.get("LOCKFS_STUB", "serve")
+    if how == "fail":
+        raise SetupError("The stub was told to fail: tell it to serve.")
+    if how == "group":
+        raise BaseExceptionGroup("", [BaseExceptionGroup("", [SetupError("The stub failed in a group.")])])
+    if how == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "silent":
+        time.sleep(600)
+    if how == "end":
+        return
+    respond(device_fd, _defective(ready) if how == "defect" else ready)
+
+
+if __name__ == "__main__":
+    if "LOCKFS_STUB_DEADLINE" in os.environ:
+        main.in_background.__defaults__ = (float(os.environ["LOCKFS_STUB_DEADLINE"]),)  # type: ignore[attr-defined]
+    try:
+        invocation = options.parse(sys.argv[1:])
+    except main.LockfsError as complaint:
+        sys.exit(str(complaint))
+    sys.exit(main.run(invocation, serve=serve))

@@ -1,0 +1,1 @@
+"""The lease keeper, without a mount: rules, failures, cancellation, exclusion."""

@@ -1,0 +1,215 @@
+"""Broken keepers: each breaks one rule, and the tests of this directory must notice.
+
+A mutant is a patch of one method. Its detectors are tests from here, run on the broken keeper in a world of
+their own; the mutant counts as caught if any of them fails.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from lockfs.backends.base import Mode
+from lockfs.keeper.gate import GateState
+from lockfs.keeper.grants import Grant, Kind
+from lockfs.keeper.handover import Claims, Yielding
+from lockfs.keeper.images import Record, Turn
+from lockfs.keeper.keeper import Keeper
+from lockfs.keeper.leases import Leases
+from lockfs.keeper.openers import Opener
+from lockfs.keeper.rivals import Rivals
+from lockfs.keeper.waiting import Waiting
+from lockfs.keeper.wishes import Wish
+
+from . import test_cancellation as cancellation
+from . import test_failures as failures
+from . import test_handover as handover
+from . import test_opens as opens
+from .simulation import simulate
+from .world import World
+
+Detector = Callable[..., Any]
+SEEDS = 4
+
+
+async def release_on_first_close(self: Keeper, grant: Grant) -> None:
+    """Gives the lease back when the first of several handles is closed."""
+    record = self._ledger.find(grant.image.inode)
+    if record is None or grant not in record.grants:
+        return
+    grant.gate.set(GateState.SHUT)
+    with self._ledger.use(grant.image), trio.CancelScope(shield=True):
+        del record.grants[grant]
+        async with record.turn:
+            if grant.kind is Kind.LEASED:
+                await self._leases._give_back(record)
+
+
+async def cancellable_close(self: Keeper, grant: Grant) -> None:
+    """Lets a cancellation end a close half-way."""
+    record = self._ledger.find(grant.image.inode)
+    if record is None:
+        return
+    with self._ledger.use(grant.image):
+        del record.grants[grant]
+        async with record.turn:
+            await self._leases._lower(record)
+        record.wake()
+
+
+async def nothing_under_way(self: Yielding, record: Record) -> bool:
+    """Does not wait for writes under way before it yields."""
+    return True
+
+
+async def never_written(self: Yielding, record: Record) -> bool:
+    """Yields although the guest holds its write byte."""
+    return False
+
+
+async def no_turn(self: Turn, *arguments: object) -> None:
+    """Lets several tasks work on one image at once."""
+
+
+async def no_rollback(self: Leases, record: Record) -> None:
+    """Does not give back what a failed or cancelled attempt took."""
+
+
+def same_pid(self: Opener, other: Opener) -> bool:
+    """Takes a process for another because of its pid alone."""
+    return self.process.pid == other.process.pid
+
+
+def no_rival(self: Rivals, record: Record, opener: Opener) -> None:
+    """Lets every process of the host in."""
+
+
+async def always_inherited(self: Rivals, record: Record, opener: Opener) -> bool:
+    """Takes any writable descriptor for an inherited one."""
+    return await self._workers.call(self._surroundings.has_open, opener.process.pid, record.image.inode)
+
+
+def ready_unseen(self: Yielding, record: Record) -> bool:
+    """Believes a guest to have stopped whose byte was never seen."""
+    return self._could_yield(record)
+
+
+def deaf_to_events(self: Leases, record: Record, lease: object) -> None:
+    """Ignores that leases come into doubt or are lost."""
+
+
+def gates_follow_kind(self: Record, grant: Grant) -> None:
+    """Opens the gate of every leased grant, whatever happens to the lease."""
+    grant.gate.set(GateState.OPEN)
+
+
+def last_come_first_served(self: Record, wish: Wish) -> None:
+    """Serves the latest waiter first."""
+    self.queue.insert(0, wish)
+
+
+def sleeping_waiters(self: Record) -> None:
+    """Wakes nobody."""
+
+
+def deaf_to_signals(self: Waiting, tid: int) -> None:
+    """Ignores interrupts."""
+
+
+def shared_is_enough(self: Record) -> Mode | None:
+    """Thinks that removals and readers need no lease."""
+    return Mode.EXCLUSIVE if any(grant.kind is Kind.LEASED for grant in self.grants) else None
+
+
+def promote_all(self: Claims, record: Record, grant: Grant) -> None:
+    """Lets every process write when one has claimed the lease."""
+    for other in record.grants:
+        if other.kind is Kind.PROVISIONAL:
+            other.kind = Kind.LEASED
+        other.active = True
+    record.refresh_gates()
+
+
+async def never_withdrawn(self: Waiting, record: Record, wish: Wish) -> None:
+    """Leaves its requests on the storage."""
+
+
+MUTANTS: list[tuple[type, str, Any, list[Detector]]] = [
+    (Keeper, "close", release_on_first_close, [opens.test_lease_spans_first_open_to_last_close]),
+    (Keeper, "close", cancellable_close, [cancellation.test_a_close_in_a_cancelled_scope]),
+    (Yielding, "_drained", nothing_under_way, [handover.test_writes_under_way_end_before_the_lease_goes]),
+    (Yielding, "_written", never_written, [handover.test_a_running_guest_yields_nothing]),
+    (Yielding, "_ready", ready_unseen, [handover.test_a_guest_never_seen_with_its_byte_yields_nothing]),
+    (Turn, "__aenter__", no_turn, []),
+    (Leases, "relax", no_rollback, [failures.test_a_cache_that_cannot_be_dropped_fails_the_open]),
+    (Opener, "same_process", same_pid, [opens.test_a_reused_pid_is_another_process]),
+    (Opener, "same_process", same_pid, [opens.test_the_unknown_is_never_taken_for_another]),
+    (Rivals, "within", no_rival, []),
+    (Rivals, "_inherited", always_inherited, [opens.test_a_descriptor_without_lease_proves_nothing]),
+    (Leases, "changed", deaf_to_events, []),
+    (Record, "_set_leased", gates_follow_kind, []),
+    (Record, "enqueue", last_come_first_served, [opens.test_waiters_are_served_in_order]),
+    (Record, "wake", sleeping_waiters, [opens.test_local_close_wakes_the_waiter_at_once]),
+    (Waiting, "interrupt", deaf_to_signals, [opens.test_interrupt_ends_the_wait]),
+    (Record, "needed", shared_is_enough, [failures.test_removal_passes_local_holders_and_keeps_hosts_out]),
+    (Claims, "_activate", promote_all, [handover.test_a_claim_is_for_its_own_process]),
+    (Waiting, "_withdraw", never_withdrawn, [handover.test_first_write_takes_over_from_a_stopped_guest]),
+]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing that a broken keeper logs is of interest."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def run_detector(detector: Detector) -> None:
+    """Run a test of this directory in a world of its own, which must be empty afterwards."""
+
+    async def run() -> None:
+        world = World()
+        fixtures = {"a": world.hosts[0], "b": world.hosts[1], "expect_log": lambda *_: None}
+        wanted = inspect.signature(detector).parameters
+        with trio.fail_after(1000):
+            await detector(**{name: fixtures[name] for name in wanted})
+        world.check_exclusion()
+        world.check_nothing_left()
+
+    trio.run(run, clock=MockClock(autojump_threshold=0))
+
+
+def caught(detectors: list[Detector]) -> bool:
+    """Whether any detector, or the simulation where there is none, notices."""
+    try:
+        for detector in detectors:
+            run_detector(detector)
+        for seed in range(0 if detectors else SEEDS):
+            simulate(seed, faults=seed % 2 == 1)
+    except (Exception, BaseExceptionGroup, pytest.fail.Exception):  # noqa: BLE001  (whatever breaks, it was noticed)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant[2].__name__)
+def test_a_broken_keeper_is_caught(
+    monkeypatch: pytest.MonkeyPatch, mutant: tuple[type, str, Any, list[Detector]]
+) -> None:
+    """The detectors pass on the sound keeper (the simulation in test_exclusion) and fail on the mutant."""
+    owner, method, patch, detectors = mutant
+    with quiet():
+        assert not (detectors and caught(detectors)), "the detector fails without the defect"
+        if owner is Turn:
+            monkeypatch.setattr(owner, "__aexit__", patch)
+        monkeypatch.setattr(owner, method, patch)
+        assert caught(detectors), "nobody noticed the defect"

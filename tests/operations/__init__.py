@@ -1,0 +1,1 @@
+"""The mirror's operations, called directly, without a mount."""

@@ -1,0 +1,1 @@
+"""Whole suites of file-system tests, run on every data mode."""

@@ -1,0 +1,149 @@
+"""Real mounts for tests: started as a user would start them, ended and checked when the test ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+START_DEADLINE_S = 30.0
+STOP_DEADLINE_S = 20.0
+POLL_S = 0.01
+
+
+def why_not_mount() -> str | None:
+    """The reason why this machine cannot mount, or None."""
+    if os.geteuid() != 0:
+        return "mounting needs root"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "there is no /dev/fuse"
+    return None
+
+
+needs_mount = pytest.mark.skipif(why_not_mount() is not None, reason=why_not_mount() or "")
+
+
+@dataclass
+class Mount:
+    """A running lockfs in the foreground, with its log."""
+
+    source: Path
+    path: Path
+    process: subprocess.Popen[bytes]
+    log_file: Path
+    expected: list[str] = field(default_factory=list)
+
+    def log(self) -> str:
+        """What the server wrote so far."""
+        return self.log_file.read_text(errors="replace")
+
+    def descriptors(self) -> int:
+        """How many descriptors the server has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def settles_at(self, count: int) -> None:
+        """Fail unless the server's descriptors are back at `count`; RELEASE and FORGET come late."""
+        end = time.monotonic() + STOP_DEADLINE_S
+        while self.descriptors() > count:
+            if time.monotonic() > end:
+                left = os.listdir(f"/proc/{self.process.pid}/fd")
+                names = [os.readlink(f"/proc/{self.process.pid}/fd/{name}") for name in left]
+                pytest.fail(f"{len(names) - count} descriptors more than before: {sorted(names)}")
+            # The kernel keeps looked-up names until it is short of memory or told to let go.
+            Path("/proc/sys/vm/drop_caches").write_text("2")
+            time.sleep(0.05)
+
+    def is_mounted(self) -> bool:
+        """Whether the kernel shows a lockfs on the mount point."""
+        with open("/proc/self/mountinfo") as table:
+            return any(f" {self.path} " in line and " - fuse.lockfs " in line for line in table)
+
+    def wait_ready(self) -> None:
+        """Return once the mount answers; fail with its log if it does not come up."""
+        end = time.monotonic() + START_DEADLINE_S
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                pytest.fail(f"lockfs ended with {self.process.returncode}:\n{self.log()}")
+            if " serves " in self.log():
+                return
+            time.sleep(POLL_S)
+        self.process.kill()
+        self.process.wait()
+        pytest.fail(f"lockfs was not ready in time:\n{self.log()}")
+
+    def stop(self) -> None:
+        """Unmount and wait for the server's end; it must end by itself and well."""
+        end = time.monotonic() + STOP_DEADLINE_S
+        if self.is_mounted():
+            while subprocess.run(["umount", str(self.path)], capture_output=True, check=False).returncode:
+                if not self.is_mounted():
+                    break
+                if time.monotonic() > end:
+                    subprocess.run(["umount", "-l", str(self.path)], check=False)
+                    self.process.kill()
+                    self.process.wait()
+                    pytest.fail(f"{self.path} stayed busy:\n{self.log()}")
+                time.sleep(0.05)
+        try:
+            code = self.process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            pytest.fail(f"lockfs did not end after the unmount:\n{self.log()}")
+        if code:
+            pytest.fail(f"lockfs ended with {code}:\n{self.log()}")
+
+
+def start(source: Path, path: Path, options: str = "", *, log_file: Path | None = None) -> Mount:
+    """Mount `source` on `path`; both exist. The caller stops it."""
+    log_file = log_file or path.parent / f"{path.name}.log"
+    command = [sys.executable, "-m", "lockfs.cli.main", "-f"]
+    if options:
+        command += ["-o", options]
+    command += [str(source), str(path)]
+    with open(log_file, "wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+    mount = Mount(source, path, process, log_file)
+    mount.wait_ready()
+    return mount
+
+
+@contextlib.contextmanager
+def mounted(source: Path, path: Path, options: str = "") -> Iterator[Mount]:
+    """A mount for the length of a block."""
+    path.mkdir(exist_ok=True)
+    mount = start(source, path, options)
+    try:
+        yield mount
+    finally:
+        mount.stop()
+
+
+@dataclass
+class TwoMounts:
+    """Two hosts' mounts of one store."""
+
+    store: Path
+    a: Mount
+    b: Mount
+
+
+@contextlib.contextmanager
+def two_mounts(base: Path, options: str = "", *, b_options: str | None = None) -> Iterator[TwoMounts]:
+    """Mounts `base/a` (host=hostA) and `base/b` (host=hostB) of the store `base/store`."""
+    store = base / "store"
+    store.mkdir(exist_ok=True)
+    extra = f",{options}" if options else ""
+    extra_b = extra if b_options is None else f",{b_options}" if b_options else ""
+    with (
+        mounted(store, base / "a", "host=hostA" + extra) as a,
+        mounted(store, base / "b", "host=hostB" + extra_b) as b,
+    ):
+        yield TwoMounts(store, a, b)
