@@ -1,0 +1,392 @@
+"""This host's membership of a lockspace: the delta lease that stands for its life (section 10 of the format).
+
+The promise that a holder must keep: with `renewed_at` the clock's reading before the last renewal that
+landed, no I/O under any lease of the lockspace starts after `renewed_at` + 8 io_timeout, and none can reach
+the storage at `renewed_at` + 8 io_timeout + watchdog. `standing` says where in that time the host is.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lockfs.paxos.area import Area
+from lockfs.paxos.errors import EngineError, IdInUse, LockspaceFailed
+from lockfs.paxos.seams import Clock
+from lockfs.paxos.timing import Timing
+from lockfs.paxos.watch import HostState, Watch
+from lockfs.records import sectors
+from lockfs.records.results import RecordError, Result
+from lockfs.records.sectors import Leader
+
+CONFLICT_LOOK_S = 2.0
+"""How often a joiner that waits for a silent host looks whether it is silent."""
+_HOST_EVENT_NONE = (0, 0, 0)
+
+
+class Standing(enum.Enum):
+    """GOOD; LATE: renewals fail, no harm yet; DOUBT: nothing may be written until a renewal lands in time;
+    LOST: for good, the host must leave and join again."""
+
+    GOOD = "good"
+    LATE = "late"
+    DOUBT = "doubt"
+    LOST = "lost"
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host of the lockspace, for reports. `silent_s` is how long it has not been seen to change,
+    seconds.
+    """
+
+    host_id: int
+    name: str
+    generation: int
+    state: HostState
+    io_timeout: int
+    silent_s: float
+
+
+class Lockspace:
+    """One host's membership, from `join` to `leave`. `renew` is to be called when `renewal_due` says so.
+
+    One task at a time calls join, renew and leave. `host_name` must be unique to this start of the program:
+    the protocol takes over a live id from a host of the same name (pitfall 1).
+    """
+
+    def __init__(
+        self, area: Area, name: bytes, host_id: int, host_name: bytes, *, clock: Clock, timing: Timing
+    ) -> None:
+        self.area = area
+        self.name = name
+        self.host_id = host_id
+        self.host_name = host_name
+        self.clock = clock
+        self.timing = timing
+        self.watch = Watch(name, host_id, timing, area.shape)
+        self.renewed_at = 0.0
+        self.event = _HOST_EVENT_NONE
+        self._sector = sectors.delta_sector(host_id)
+        self._last: Leader | None = None
+        self._joined = False
+        self._landed = False
+        self._overlaps_until = 0.0
+        self._sure = True
+        self._lost = ""
+        self._called: dict[int, float] = {}
+
+    # Where this host stands
+
+    @property
+    def joined(self) -> bool:
+        """Whether the id is this host's; also while it is LOST, until `leave`."""
+        return self._joined
+
+    @property
+    def generation(self) -> int:
+        """The generation this host joined with, 0 before."""
+        return self._last.owner_generation if self._last is not None and self._joined else 0
+
+    def standing(self) -> Standing:
+        """Where the host stands now. LOST is latched."""
+        if self._lost or not self._joined:
+            return Standing.LOST
+        age = self.clock.now() - self.renewed_at
+        if age >= self.timing.fails:
+            if age >= self.comeback:
+                self._lose(f"no renewal for {age:.0f} s")
+                return Standing.LOST
+            return Standing.DOUBT
+        return Standing.LATE if age >= self.timing.late else Standing.GOOD
+
+    @property
+    def why_lost(self) -> str:
+        """What ended the membership, empty while it lasts."""
+        return self._lost
+
+    @property
+    def comeback(self) -> float:
+        """The age up to which a late renewal still counts."""
+        return max(float(self.timing.fails), self.timing.comeback(self.watch.longest_io()))
+
+    @property
+    def write_until(self) -> float:
+        """The clock time from which on nothing may be written under a lease of this lockspace."""
+        return self.renewed_at + self.timing.fails
+
+    @property
+    def taken_from(self) -> float:
+        """The clock time from which on other hosts may take this host's leases."""
+        return self.renewed_at + self.timing.dead
+
+    @property
+    def renewal_due(self) -> float:
+        """The clock time of the next renewal."""
+        return self.renewed_at + self.timing.renewal
+
+    def require(self) -> None:
+        """Refuse to act under a membership that is not good.
+
+        Raises:
+            LockspaceFailed: in doubt, lost, or never joined.
+        """
+        if self.standing() in (Standing.DOUBT, Standing.LOST):
+            raise self._failure()
+
+    def _failure(self) -> LockspaceFailed:
+        reason = self._lost or ("its lease is not renewed" if self._joined else "it is not joined")
+        return LockspaceFailed(
+            Result.LOCKSPACE_FAILED, f"lockspace {sectors.shown(self.name)} cannot be used now: {reason}"
+        )
+
+    def _lose(self, reason: str) -> None:
+        self._lost = self._lost or reason
+
+    # Joining
+
+    async def join(self) -> None:
+        """Take the host id; returns when it is certainly ours, at the earliest after 2 io_timeout.
+
+        An id whose last owner did not leave is waited for, 8 io_timeout + watchdog.
+
+        Raises:
+            IdInUse: the owner is alive, or another host was quicker.
+            EngineError: HOST_ID_TOO_LARGE, or GENERAL: the storage was too slow for us to be sure.
+            RecordError, DiskError, DiskTimeout.
+        """
+        most = self.area.shape.hosts_max
+        if not 0 < self.host_id <= most:
+            problem = f"host id {self.host_id} is not within 1 and {most}, as many as {self.area.name} has"
+            raise EngineError(Result.HOST_ID_TOO_LARGE, problem)
+        written_at = await self._enter()
+        if self.clock.now() - written_at >= self.comeback:
+            # The delay that the sector asked for was longer than a membership lasts: once more, with our own.
+            written_at = await self._enter()
+        self.renewed_at = written_at
+        self._joined = True
+
+    async def _enter(self) -> float:
+        """Write our record and see it stay as long as another joiner may take; returns when it was written.
+
+        What makes that enough: whoever else read the id as free, or as dead, before our record landed, writes
+        within 2 io_timeout of its reading, or does not join. So does this host.
+        """
+        looked_at = self.clock.now()
+        found = await self._read_own()
+        before = self.timing.of(found.io_timeout)
+        if found.timestamp and found.resource_name != self.host_name:
+            looked_at = await self._outwait(found, before)
+        written_at = self.clock.now()
+        mine = replace(
+            found,
+            timestamp=stamp(written_at),
+            io_timeout=self.timing.io_timeout,
+            owner_id=self.host_id,
+            owner_generation=found.owner_generation + 1,
+            resource_field=sectors.name_field(self.host_name, found.resource_field),
+        ).summed()
+        self._last, self._landed, self._overlaps_until = mine, False, looked_at + before.renewal
+        await self.area.write(self._sector, sectors.encode_delta(mine))
+        if self.clock.now() >= self._overlaps_until:
+            self._last = None
+            raise EngineError(Result.GENERAL, f"the storage is too slow to join with host id {self.host_id}")
+        self._landed = True
+        await self.clock.sleep(before.renewal)
+        again = await self._read_own()
+        if again != mine:
+            self._last = None
+            raise IdInUse(self.host_id, again)
+        return written_at
+
+    async def _outwait(self, found: Leader, before: Timing) -> float:
+        """Wait until the owner of `found` counts as dead, or has left; returns when the last look began."""
+        end = self.clock.now() + before.dead
+        while True:
+            await self.clock.sleep(min(CONFLICT_LOOK_S, max(0.0, end - self.clock.now())))
+            looked_at = self.clock.now()
+            again = await self._read_own()
+            left = again.timestamp == 0 and again.owner_generation == found.owner_generation
+            if not left and again != found:
+                raise IdInUse(self.host_id, again)
+            if left or looked_at >= end:
+                return looked_at
+
+    async def _read_own(self) -> Leader:
+        leader = sectors.decode_leader(await self.area.read(self._sector))
+        self._check(leader)
+        return leader
+
+    def _check(self, leader: Leader) -> None:
+        self.area.check(self._sector, sectors.check_delta, leader, self.name)
+        self.area.check_size(self._sector, leader)
+
+    # Renewing
+
+    async def renew(self) -> None:
+        """Renew once, and take a pass at watching the others.
+
+        Raises:
+            LockspaceFailed: the lease was overwritten, or is LOST; the host must stop at once.
+            DiskError, DiskTimeout: not renewed; try again, not sooner than half a second later.
+        """
+        if self._last is None or not self._joined:
+            raise LockspaceFailed(Result.LOCKSPACE_NOT_JOINED, "the lockspace is not joined")
+        try:
+            seen = await self._pass()
+            self._check_ours(seen, self._last)
+            if self.standing() is Standing.LOST:
+                raise self._failure()
+        except (RecordError, LockspaceFailed) as error:
+            self._lose(str(error))
+            raise
+        now = self.clock.now()
+        renewed = replace(
+            self._last,
+            timestamp=stamp(now),
+            write_id=self.event[0],
+            write_generation=self.event[1],
+            write_timestamp=self.event[2],
+        ).summed()
+        self._sure = False
+        try:
+            await self.area.write(
+                self._sector, sectors.encode_delta(renewed, self._bitmap(now)), self.timing.dead
+            )
+        finally:
+            # Landed or not, what is there now is the old record or this one.
+            self._last = renewed
+        self._sure = True
+        self._settle_renewal(now)
+
+    def _settle_renewal(self, written_at: float) -> None:
+        """Count a renewal that landed, unless it landed too late to be sure that nobody gave us up."""
+        age = self.clock.now() - self.renewed_at
+        if not self._lost and age < self.comeback:
+            self.renewed_at = written_at
+        else:
+            self._lose(f"a renewal came only after {age:.0f} s")
+
+    async def _pass(self) -> Leader:
+        whole = await self.area.read(0, self.area.shape.area_size // self.area.shape.sector_size)
+        self.watch.observe(whole, self.clock.now())
+        at = self._sector * self.area.shape.sector_size
+        return sectors.decode_leader(whole[at : at + self.area.shape.sector_size])
+
+    def _check_ours(self, seen: Leader, last: Leader) -> None:
+        self._check(seen)
+        if (seen.owner_id, seen.owner_generation) != (last.owner_id, last.owner_generation) or (
+            seen.resource_field != last.resource_field
+        ):
+            raise LockspaceFailed(
+                Result.RENEWAL_OWNER,
+                f"host id {self.host_id} was taken by host {sectors.shown(seen.resource_name)}",
+            )
+        if self._sure and seen != last:
+            raise LockspaceFailed(Result.RENEWAL_CHANGED, f"the lease of host id {self.host_id} was changed")
+
+    # Leaving
+
+    async def leave(self) -> None:
+        """Give the host id back. Every lease of the lockspace must have been released, or all I/O have ended.
+
+        After a join that was cut short the id is given back only if it is still as we wrote it; after a
+        membership that was LOST it is not, and others will wait for it as for a dead host's.
+
+        Raises:
+            DiskError, DiskTimeout: not given back; others will wait for it as for a dead host's.
+        """
+        last, joined = self._last, self._joined
+        if last is None or (self.standing() is Standing.LOST and joined):
+            # Once others may have given us up, the sector may be somebody else's by the time we write.
+            self._forget()
+            return
+        if not joined and not await self._still_joining(last):
+            self._forget()
+            return
+        self._joined = False
+        await self.area.write(self._sector, sectors.encode_delta(replace(last, timestamp=0).summed()))
+        self._forget()
+
+    async def _still_joining(self, last: Leader) -> bool:
+        """Whether a join that was cut short left its record, and nobody can have waited it out.
+
+        A record that landed too late may lie over that of a host that has joined, of the same generation: to
+        free that would give away what the other holds.
+        """
+        if self.clock.now() - last.timestamp >= self.timing.fails:
+            return False
+        is_there = await self._read_own() == last
+        return is_there and (self._landed or self.clock.now() < self._overlaps_until)
+
+    def _forget(self) -> None:
+        self._joined = False
+        self._last = None
+        self._lose("this host has left")
+
+    # Calling others
+
+    def call(self, host_id: int) -> None:
+        """Tell a host, in the renewals of the next 6 io_timeout, to look at the requests."""
+        self._called[host_id] = self.clock.now() + self.timing.late
+
+    def _bitmap(self, now: float) -> bytes:
+        self._called = {host_id: until for host_id, until in self._called.items() if until > now}
+        return sectors.bitmap_with(frozenset(self._called))
+
+    # Reports
+
+    def hosts(self) -> Iterator[Host]:
+        """Every host that has ever joined, in order of ids, as last seen."""
+        now = self.clock.now()
+        for host_id, sight in sorted(self.watch.hosts().items()):
+            if sight.owner_id == 0 and sight.timestamp == 0:
+                continue
+            yield Host(
+                host_id,
+                sight.name.decode("utf-8", "backslashreplace"),
+                sight.generation,
+                self.watch.state(host_id, now),
+                sight.io_timeout,
+                now - self.watch.silent_since(sight),
+            )
+
+
+def stamp(now: float) -> int:
+    """A clock reading as it is written on the storage: whole seconds, never 0, which means free."""
+    return max(1, int(now))
+
+
+async def find_lockspace(area: Area, name: bytes | None = None) -> tuple[Area, Leader]:
+    """The area with the geometry that the lockspace there states, and its first record.
+
+    Raises:
+        RecordError: no lockspace is there, or one of another name or of an unknown format.
+        DiskError, DiskTimeout.
+    """
+    first = sectors.decode_leader(await area.probe())
+    with area.naming(0):
+        sectors.check_delta(first, first.space_name if name is None else name)
+        return area.shaped(first.geometry), first
+
+
+async def survey(area: Area) -> dict[int, Leader]:
+    """The delta leases of all hosts, unchecked, by host id, in one read."""
+    shape = area.shape
+    whole = await area.read(0, shape.area_size // shape.sector_size)
+    return {
+        host_id: sectors.decode_leader(whole[at : at + shape.sector_size])
+        for host_id in range(1, shape.hosts_max + 1)
+        for at in (sectors.delta_sector(host_id) * shape.sector_size,)
+    }
+
+
+def free_ids(leases: dict[int, Leader], name: bytes, most: int) -> list[int]:
+    """Host ids up to `most` that can be joined without waiting for anybody."""
+    return [
+        host_id
+        for host_id, leader in leases.items()
+        if host_id <= most and leader.timestamp == 0 and leader.magic == sectors.DELTA_MAGIC
+        and leader.space_name == name
+    ]  # fmt: skip

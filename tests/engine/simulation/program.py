@@ -1,0 +1,253 @@
+"""What a host does: joins, renews, uses leases as lockfs' contract says, settles, and joins again when lost."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from lockfs.errors import BackendError
+from lockfs.paxos.area import Area
+from lockfs.paxos.errors import LockspaceFailed
+from lockfs.paxos.lockspace import Lockspace, Standing, free_ids, survey
+from lockfs.paxos.resource import Hold, Resource
+from lockfs.paxos.timing import Timing
+from lockfs.records.geometry import FILE_GEOMETRY
+from lockfs.records.results import RecordError
+from tests.engine.simulation.machine import Machine
+from tests.engine.simulation.scheduler import Cancelled
+from tests.engine.simulation.storage import HOST_IDS, LOCKSPACE_SHAPE, ProgramDisk, lease_offset
+
+if TYPE_CHECKING:
+    from tests.engine.simulation.run import World
+
+SPACE = b"simulation"
+RETRY_S = 0.5
+POLL_S = 0.1
+
+
+def lease_name(lease: int) -> bytes:
+    """The resource name of a lease."""
+    return b"lease-%d" % lease
+
+
+class Session:
+    """One membership of the lockspace with the leases used under it."""
+
+    def __init__(self, program: Program, lockspace: Lockspace) -> None:
+        world = program.world
+        self.program = program
+        self.lockspace = lockspace
+        self.number = world.numbered()
+        self.label = f"host {program.machine.number} as {lockspace.host_id}.{lockspace.generation}"
+        self.workers = 0
+        self.holders: set[int] = set()
+        """Leases whose `Resource` may show a hold; the witness looks at no others."""
+        self.resources = {
+            lease: world.resource_class(
+                Area(program.disk, lease_offset(lease), FILE_GEOMETRY, program.machine.io_timeout),
+                lockspace,
+                lease_name(lease),
+                Random(world.scheduler.random.getrandbits(32)),
+                HOST_IDS,
+            )
+            for lease in range(world.faults.leases)
+        }
+        self.pending = dict.fromkeys(self.resources, 0)
+
+    @property
+    def may_write(self) -> bool:
+        """Whether this host would still start a write under a lease, looked at from outside."""
+        lockspace = self.lockspace
+        if self.program.disk.dead or not lockspace.joined or lockspace.why_lost:
+            return False
+        return lockspace.clock.now() < lockspace.write_until
+
+    @property
+    def over(self) -> bool:
+        return self.lockspace.standing() is Standing.LOST
+
+
+class Program:
+    """lockfs on one host, from start to crash or stop."""
+
+    def __init__(self, world: World, machine: Machine, host_id: int) -> None:
+        self.world = world
+        self.machine = machine
+        self.clock = machine.clock
+        self.random = world.scheduler.random
+        self.disk = ProgramDisk(world.storage, machine)
+        self.session: Session | None = None
+        self.stopping = False
+        self._host_id = host_id
+        self.life = machine.start(self._live(), "life")
+
+    def kill(self) -> None:
+        """Crash."""
+        self.machine.kill()
+        self.disk.kill()
+
+    # Membership
+
+    async def _live(self) -> None:
+        while not self.stopping:
+            lockspace = await self._join()
+            if lockspace is None:
+                continue
+            session = self.session = Session(self, lockspace)
+            self.world.began(session)
+            for lease in session.resources:
+                session.workers += 1
+                self.machine.start(self._work(session, lease), f"lease {lease}")
+            await self._keep(session)
+            while session.workers:
+                await self.clock.sleep(POLL_S)
+            self.session = None
+            await self._leave(lockspace)
+            self._host_id = 0 if self.random.random() < 0.5 else self._host_id
+        self.machine.scheduler.note(f"host {self.machine.number} has stopped")
+
+    async def _join(self) -> Lockspace | None:
+        machine = self.machine
+        area = Area(self.disk, 0, LOCKSPACE_SHAPE, machine.io_timeout)
+        lockspace: Lockspace | None = None
+        try:
+            if not self._host_id:
+                ids = free_ids(await survey(area), SPACE, HOST_IDS)
+                self._host_id = self.random.choice(ids) if ids else self.random.randint(1, HOST_IDS)
+            name = b"host-%d.%d" % (machine.number, self.world.numbered())
+            timing = Timing(machine.io_timeout, self.world.faults.watchdog)
+            lockspace = self.world.lockspace_class(
+                area, SPACE, self._host_id, name, clock=self.clock, timing=timing
+            )
+            await self._cancellable(lockspace.join())
+            return lockspace
+        except (BackendError, Cancelled) as error:
+            machine.scheduler.note(f"host {machine.number} could not join {self._host_id}: {error!r}")
+        if lockspace is not None:
+            await self._leave(lockspace)
+        self._host_id = 0
+        await self.clock.sleep(RETRY_S)
+        return None
+
+    async def _keep(self, session: Session) -> None:
+        """Renew until the membership is lost, or the program is told to stop and has released everything."""
+        lockspace = session.lockspace
+        while not session.over and not (self.stopping and not session.workers):
+            now = self.clock.now()
+            pause = POLL_S if self.stopping else max(RETRY_S, lockspace.timing.fails / 4)
+            if now < lockspace.renewal_due:
+                await self.clock.sleep(min(lockspace.renewal_due - now, pause))
+                continue
+            try:
+                await lockspace.renew()
+            except (LockspaceFailed, RecordError) as error:
+                self.machine.scheduler.note(f"{session.label} is lost: {error}")
+                return
+            except BackendError:
+                await self.clock.sleep(RETRY_S)
+
+    async def _leave(self, lockspace: Lockspace) -> None:
+        try:
+            await lockspace.leave()
+        except BackendError as error:
+            self.machine.scheduler.note(f"host {self.machine.number} could not leave: {error}")
+
+    # Use of leases
+
+    async def _work(self, session: Session, lease: int) -> None:
+        """One use after the other, as long as the faults last and the membership stands."""
+        try:
+            await self._use(session, lease)
+        finally:
+            session.workers -= 1
+            session.holders.discard(lease)
+
+    async def _use(self, session: Session, lease: int) -> None:
+        faults, random, resource = self.world.faults, self.random, session.resources[lease]
+        while not session.over and not self.stopping:
+            if self.world.quiet:
+                await self.clock.sleep(RETRY_S)
+                continue
+            await self.clock.sleep(random.random() ** 2 * faults.thinking)
+            shared = random.random() < faults.shared
+            patience = random.choice((0.0, 1.0, 2.0 * faults.dead))
+            session.holders.add(lease)
+            if await self._try(session, lease, resource.acquire(shared=shared, give_up_at=self._until(patience))):
+                await self._hold(session, lease)
+            await self._end_use(session, lease)
+            session.holders.discard(lease)
+
+    def _until(self, patience: float) -> float:
+        return self.clock.now() + patience if patience else 0.0
+
+    async def _hold(self, session: Session, lease: int) -> None:
+        faults, random, resource = self.world.faults, self.random, session.resources[lease]
+        for _ in range(random.choice((1, 1, 2, 5))):
+            if resource.hold is Hold.EXCLUSIVE:
+                self._write(session, lease)
+            if random.random() < 0.3:
+                await self.clock.sleep(random.random() * faults.thinking)
+            if random.random() < 0.3 and faults.shared:
+                if resource.hold is Hold.EXCLUSIVE:
+                    await self._drain(session, lease)
+                shared = resource.hold is Hold.EXCLUSIVE
+                await self._try(session, lease, resource.convert(shared=shared))
+
+    def _write(self, session: Session, lease: int) -> None:
+        """Start a write to the image if the rules allow it; it ends by itself."""
+        lockspace, leader = session.lockspace, session.resources[lease].leader
+        if lockspace.standing() in (Standing.DOUBT, Standing.LOST) or leader is None:
+            return
+        if self.clock.now() >= lockspace.write_until:
+            return
+        session.pending[lease] += 1
+        self.machine.start(self._write_image(session, lease, leader.lver), f"image {lease}")
+
+    async def _write_image(self, session: Session, lease: int, lver: int) -> None:
+        witness = self.world.witness
+        await self.disk.write_image(lambda called: witness.image_written(session, lease, lver, called))
+        session.pending[lease] -= 1
+
+    async def _drain(self, session: Session, lease: int) -> None:
+        while session.pending[lease]:
+            await self.clock.sleep(POLL_S)
+
+    async def _end_use(self, session: Session, lease: int) -> None:
+        """Release and settle, whatever came before."""
+        resource = session.resources[lease]
+        await self._drain(session, lease)
+        while not session.over:
+            if resource.unsettled:
+                await self._try(session, lease, resource.settle())
+            elif resource.hold is not Hold.NONE:
+                await self._try(session, lease, resource.release())
+            else:
+                return
+            if resource.unsettled:
+                await self.clock.sleep(RETRY_S)
+
+    async def _try(self, session: Session, lease: int, call: Coroutine[Any, Any, None]) -> bool:
+        """One call of the engine; False if it failed in a way that is to be expected, or was cancelled."""
+        try:
+            await self._cancellable(call)
+            return True
+        except (BackendError, Cancelled) as error:
+            self.machine.scheduler.note(f"{session.label} lease {lease}: {type(error).__name__} {error}")
+            return False
+
+    async def _cancellable(self, call: Coroutine[Any, Any, None]) -> None:
+        """Make the call, which may be cancelled at any of its awaits while faults last."""
+        random, faults, running = self.random, self.world.faults, [True]
+        if not self.world.quiet and random.random() < faults.cancel:
+            task, latest = self.machine.running, random.choice((faults.latency * 10, 5.0))
+
+            def strike() -> None:
+                if running[0] and not self.machine.paused:
+                    task.cancel()
+
+            self.machine.scheduler.after(random.random() * latest, strike)
+        try:
+            await call
+        finally:
+            running[0] = False
