@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import trio
+
 
 class Mode(enum.Enum):
     """How a lease shares the image: EXCLUSIVE with nobody, SHARED with other SHARED leases."""
@@ -88,6 +90,30 @@ class Lease:
     owner: Owner
     state: LeaseState = field(default=LeaseState.HELD)
 
+    def in_time(self) -> bool:
+        """Whether a write under this lease may be started at this very moment; callable from any thread.
+
+        It says no as soon as the lease's time is over, whether or not anybody has changed `state` by then.
+        """
+        return True
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A host that takes part in the same leases. `silent_s`: how long it was not seen to do anything.
+
+    `leases`: how many it holds, None where that is not known. `own`: it is this mount.
+    """
+
+    host_id: int
+    name: str
+    generation: int
+    state: str
+    silent_s: float
+    io_timeout: int
+    leases: int | None
+    own: bool
+
 
 LeaseEvent = Callable[[Lease], None]
 
@@ -107,6 +133,15 @@ class Backend(ABC):
         Raises:
             SetupError: the storage cannot carry this backend's leases; says what to do.
         """
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Do what must go on while leases are held, from `start` until cancelled before `stop`.
+
+        Raises:
+            SetupError: before `task_status.started()`, leases cannot be taken and that was asked to be known.
+        """
+        task_status.started()
+        await trio.sleep_forever()
 
     async def stop(self) -> None:  # noqa: B027  (optional)
         """End cleanly; every lease was released before."""
@@ -142,6 +177,18 @@ class Backend(ABC):
     async def known_paths(self) -> list[bytes]:
         """Paths, relative to the store, of images that some host may hold: a hint for reports, bounded."""
         return []
+
+    async def peers(self) -> list[Peer]:
+        """The hosts that take part in the same leases, as far as the backend knows hosts at all."""
+        return []
+
+    async def collect(self, gone: Callable[[int], bool], deadline: float) -> tuple[list[int], bool]:
+        """Remove what is kept on the storage for images that are gone, never of one that is held.
+
+        `gone` tells whether no file of that inode number is in the store. Returns the inode numbers whose
+        leases were removed by trio time `deadline`, and whether that was all.
+        """
+        return [], True
 
     async def request(self, image: Image, owner: Owner) -> None:  # noqa: B027  (optional)
         """Ask whoever holds the image to let it go if they can; repeating it is harmless."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from lockfs.cli import options as command_line
-from lockfs.cli.daemon import Reporter, in_background
+from lockfs.cli.daemon import START_DEADLINE_S, Reporter, in_background
 from lockfs.cli.journal import Journal
 from lockfs.cli.table import printable
 from lockfs.errors import EXIT_OK, EXIT_SYSTEM, LockfsError, SetupError, UsageError, exit_code_of
@@ -186,6 +186,13 @@ class _Mounter:
         _log.info("%s is unmounted.", options.mountpoint)
 
 
+def _start_deadline(options: MountOptions) -> float:
+    """How long the start may take, seconds: longer if it waits for a lockspace that is slow to join."""
+    if options.backend == "paxos" and options.paxos.join_wait:
+        return START_DEADLINE_S + options.paxos.timing.dead + options.paxos.timing.fails
+    return START_DEADLINE_S
+
+
 def run(invocation: command_line.Invocation, serve: Serve = _serve) -> int:
     """Do what the command line asked for; returns the exit code."""
     if invocation.options is None:
@@ -195,7 +202,9 @@ def run(invocation: command_line.Invocation, serve: Serve = _serve) -> int:
     if options.foreground or invocation.fake:
         return _Mounter(options, serve, None).run(fake=invocation.fake)
     mountpoint = os.path.abspath(options.mountpoint)
-    start = in_background(lambda reporter: _Mounter(options, serve, reporter).run(), mountpoint)
+    start = in_background(
+        lambda reporter: _Mounter(options, serve, reporter).run(), mountpoint, _start_deadline(options)
+    )
     if start.left_mount:
         KernelMount(-1, os.path.realpath(mountpoint), os.geteuid() == 0).uncover()
     if start.sentence is not None:

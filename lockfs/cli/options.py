@@ -12,16 +12,20 @@ from typing import Any, cast
 
 from lockfs import __version__
 from lockfs.backends.fcntl import FcntlOptions
+from lockfs.backends.paxos.options import LayoutKind, PaxosOptions
 from lockfs.cli import words
 from lockfs.cli.words import shown
 from lockfs.errors import UsageError
 from lockfs.keeper.policy import Local, Policy, Readers
 from lockfs.mirror.modes import IoMode
 from lockfs.mount.options import BACKENDS, MountOptions
+from lockfs.paxos.timing import IO_TIMEOUT_MAX, IO_TIMEOUT_MIN
+from lockfs.records.geometry import HOSTS_MAX, MIB
 
 WAIT_S_MAX = 3600.0
 MAX_READ_MIN, MAX_READ_MAX = 4096, 1 << 24
 LIST_ITEMS_MAX = 64
+WATCHDOG_MIN, WATCHDOG_MAX = 10, 600
 PATH_CHARS_MAX = 4095
 
 USAGE = """\
@@ -39,7 +43,8 @@ writing. SOURCE and MOUNTPOINT may be the same directory.
 
 options:
   io=auto|passthrough|guarded|daemon   who moves the data of images (auto)
-  backend=fcntl|nop                    what decides who may write (fcntl); nop: this host alone
+  backend=fcntl|paxos|nop              what decides who may write: locks of the store (fcntl), leases on
+                                       storage without locks, or nothing: this host alone
   wait=SECONDS                         how long an open waits for a held image (3)
   handover_wait=SECONDS                the same while a guest migrates (10)
   readers=allow|shared                 reading needs no lease, or a shared one (allow)
@@ -49,6 +54,14 @@ options:
   virtlockd=on|off, qemu=on|off        keep out hosts that lock without lockfs (on)
   lock_dir=DIR, lock_path=PATH         virtlockd's lockspace directory, and the store's path in
                                        the domains' XML
+  host_id=N, lockspace=NAME            paxos: this host's number (a free one), the lockspace's name
+  lease_area=PATH                      paxos: directory, file or device of the leases (in the store)
+  layout=auto|files|index|libvirt      paxos: how leases lie there
+  io_timeout=S, watchdog_timeout=S     paxos: times of the protocol (10, 60; see docs/paxos.md)
+  sector=512|4096, align=1|2|4|8       paxos: geometry of what is yet to be made
+  join=wait|later                      paxos: whether mounting waits for the lockspace (later)
+  state_dir=DIR                        paxos: where this machine keeps its host ids (/var/lib/lockfs)
+  unsafe_no_fence                      paxos: allow io=passthrough, in which a lost lease stops no write
   host=NAME                            this machine's name for the others (its host name)
   log=FILE                             write the log there too
   fsname=NAME, subtype=NAME            what the mount table shows
@@ -118,6 +131,28 @@ def _subtype(name: str, value: str) -> str:
     return value
 
 
+def _number(least: int, most: int) -> Callable[[str, str], int]:
+    def parse(name: str, value: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", value) or not least <= int(value) <= most:
+            raise UsageError(
+                f"{name}={shown(value)} does not fit: give a whole number from {least} to {most}."
+            )
+        return int(value)
+
+    return parse
+
+
+def _lockspace(name: str, value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,48}", value):
+        raise UsageError(f"{name}={shown(value)} cannot name a lockspace: up to 48 of A-Z, a-z, 0-9, '._-'.")
+    return value
+
+
+def _size(*sizes: int) -> Callable[[str, str], int]:
+    choice = _choice(*map(str, sizes))
+    return lambda name, value: int(choice(name, value))
+
+
 def _max_read(name: str, value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", value) or not MAX_READ_MIN <= int(value) <= MAX_READ_MAX:
         raise UsageError(f"{name}={shown(value)} does not fit: give {MAX_READ_MIN} to {MAX_READ_MAX} bytes.")
@@ -143,8 +178,23 @@ _OWN: dict[str, Callable[[str, str], object]] = {
     "fsname": _text,
     "subtype": _subtype,
     "max_read": _max_read,
+    "host_id": _number(1, HOSTS_MAX),
+    "lease_area": _path,
+    "lockspace": _lockspace,
+    "io_timeout": _number(IO_TIMEOUT_MIN, IO_TIMEOUT_MAX),
+    "watchdog_timeout": _number(WATCHDOG_MIN, WATCHDOG_MAX),
+    "sector": _size(512, 4096),
+    "align": _size(1, 2, 4, 8),
+    "layout": _choice(*(kind.value for kind in LayoutKind)),
+    "join": _choice("wait", "later"),
+    "state_dir": _path,
 }
-_FCNTL_ONLY = ("virtlockd", "qemu", "lock_dir", "lock_path")
+_FCNTL_ONLY = ("virtlockd", "qemu", "lock_dir")
+_PAXOS_ONLY = (
+    "host_id", "lease_area", "lockspace", "io_timeout", "watchdog_timeout", "sector", "align", "layout",
+    "join", "state_dir",
+)  # fmt: skip
+_NO_FENCE = "unsafe_no_fence"
 
 
 @dataclass
@@ -155,6 +205,7 @@ class _Words:
     own: dict[str, object] = field(default_factory=dict)
     flags: dict[str, tuple[str, int]] = field(default_factory=dict)
     allow_other: bool = False
+    no_fence: bool = False
 
     def read(self, text: str) -> None:
         for name, value in words.split(text):
@@ -170,6 +221,8 @@ class _Words:
                 raise UsageError(f"The options {earlier} and {name} contradict each other: give one of them.")
         elif name == "allow_other" and value is None:
             self.allow_other = True
+        elif name == _NO_FENCE and value is None:
+            self.no_fence = True
         elif name in words.REFUSED:
             raise UsageError(words.REFUSED[name])
         elif not words.is_ignored(name, value) and not self.sloppy:
@@ -186,7 +239,7 @@ class _Words:
 
 
 def _unknown(name: str, value: str | None) -> str:
-    if name in words.FLAG_WORDS or words.is_ignored(name, None) or name == "allow_other":
+    if name in words.FLAG_WORDS or words.is_ignored(name, None) or name in ("allow_other", _NO_FENCE):
         return f"The option {name} takes no value, not {shown(value or '')}: write just {name}."
     known = [*_OWN, *words.FLAG_WORDS]
     near = difflib.get_close_matches(name[:32], known, n=1)
@@ -194,15 +247,58 @@ def _unknown(name: str, value: str | None) -> str:
     return f"The option {shown(name)} is unknown to lockfs: {hint}"
 
 
-def _cross_checks(own: dict[str, object]) -> None:
-    if own.get("backend") == "nop":
-        for name in _FCNTL_ONLY:
-            if own.get(name) not in (None, False):
-                raise UsageError(f"The option {name}= needs backend=fcntl: leave it out with backend=nop.")
+def _cross_checks(own: dict[str, object], *, no_fence: bool) -> None:
+    backend = own.get("backend", BACKENDS[0])
+    for names, owner in ((_FCNTL_ONLY, "fcntl"), (_PAXOS_ONLY, "paxos")):
+        for name in names:
+            if backend != owner and own.get(name) not in (None, False):
+                raise UsageError(
+                    f"The option {name}= needs backend={owner}: leave it out with backend={backend}."
+                )
+    if backend == "paxos":
+        _check_paxos(own, no_fence=no_fence)
+        return
+    if backend == "nop" and "lock_path" in own:
+        raise UsageError("The option lock_path= needs backend=fcntl: leave it out with backend=nop.")
+    if no_fence:
+        raise UsageError(f"The option {_NO_FENCE} needs backend=paxos: leave it out with backend={backend}.")
     if ("lock_dir" in own) != ("lock_path" in own):
         raise UsageError("The options lock_dir= and lock_path= belong together: give both or neither.")
     if "lock_dir" in own and own.get("virtlockd") is False:
         raise UsageError("The options virtlockd=off and lock_dir= contradict each other: give one of them.")
+
+
+def _check_paxos(own: dict[str, object], *, no_fence: bool) -> None:
+    if own.get("io") == IoMode.PASSTHROUGH.value and not no_fence:
+        raise UsageError(
+            "With backend=paxos, io=passthrough would let a host that lost its lease write on: "
+            f"give io=guarded, or {_NO_FENCE} if you accept that."
+        )
+    if own.get("layout") == LayoutKind.LIBVIRT.value and "lock_path" not in own:
+        raise UsageError(
+            "layout=libvirt needs lock_path=, the path of the images as the domains' XML has it."
+        )
+    if "lock_path" in own and own.get("layout") != LayoutKind.LIBVIRT.value:
+        raise UsageError("With backend=paxos, lock_path= is for layout=libvirt: leave it out.")
+
+
+def _paxos(own: dict[str, Any], *, no_fence: bool) -> PaxosOptions:
+    names = (
+        "host_id",
+        "lease_area",
+        "lockspace",
+        "io_timeout",
+        "watchdog_timeout",
+        "sector",
+        "state_dir",
+        "lock_path",
+    )
+    given = {name: own[name] for name in names if name in own}
+    if "align" in own:
+        given["align"] = own["align"] * MIB
+    if "layout" in own:
+        given["layout"] = LayoutKind(own["layout"])
+    return PaxosOptions(**given, join_wait=own.get("join") == "wait", unsafe_no_fence=no_fence)
 
 
 def _policy(own: dict[str, Any]) -> Policy:
@@ -217,7 +313,7 @@ def _policy(own: dict[str, Any]) -> Policy:
 
 def _build(read: _Words, source: str, mountpoint: str, *, foreground: bool, debug: bool) -> MountOptions:
     own = cast(dict[str, Any], read.own)
-    _cross_checks(own)
+    _cross_checks(own, no_fence=read.no_fence)
     flags = 0
     for _, bits in read.flags.values():
         flags |= bits
@@ -232,7 +328,8 @@ def _build(read: _Words, source: str, mountpoint: str, *, foreground: bool, debu
         io=IoMode(own.get("io", IoMode.AUTO.value)),
         backend=own.get("backend", BACKENDS[0]),
         policy=_policy(own),
-        fcntl=FcntlOptions(**{name: own[name] for name in _FCNTL_ONLY if name in own}),
+        fcntl=FcntlOptions(**{name: own[name] for name in (*_FCNTL_ONLY, "lock_path") if name in own}),
+        paxos=_paxos(own, no_fence=read.no_fence),
         subtype=own.get("subtype", "lockfs"),
         read_only=bool(flags & words.MS_RDONLY),
         mount_flags=flags,

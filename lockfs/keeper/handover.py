@@ -201,7 +201,7 @@ class Claims:
     def _allowed(self, record: Record, grant: Grant) -> bool:
         if grant.gate.state is GateState.SHUT or grant not in record.grants:
             raise grant.gate.refusal or LeaseUnavailable(f"this open of '{record.image.name}' has ended")
-        return grant.gate.state is GateState.OPEN
+        return grant.gate.passable
 
     async def _lead(self, record: Record, grant: Grant, wish: Wish, key: object) -> None:
         claim = record.claims[key] = Claim()

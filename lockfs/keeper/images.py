@@ -97,7 +97,8 @@ class Record:
     @property
     def sure(self) -> bool:
         """Whether this host certainly holds a lease now."""
-        return self.lease is not None and not self.lost and self.lease.state is LeaseState.HELD
+        lease = self.lease
+        return lease is not None and not self.lost and lease.state is LeaseState.HELD and lease.in_time()
 
     def owners(self) -> list[Grant]:
         """The grants that write under the host's lease."""
@@ -146,7 +147,7 @@ class Record:
             )
             grant.gate.set(GateState.SHUT, LeaseUnavailable(sentence))
         elif self.sure and grant.active and not self.yielding:
-            grant.gate.set(GateState.OPEN)
+            grant.gate.set(GateState.OPEN, in_time=self.lease.in_time)
         else:
             grant.gate.set(GateState.ASK)
 

@@ -78,7 +78,7 @@ class Leases:
             if record.needed() is None:
                 raise BackendError(f"the lease of image '{name}' was lost while being taken; try again")
             raise BusyHere(f"the lease of image '{name}' was lost; {lease.owner} must close the image first")
-        if lease.state is not LeaseState.HELD:
+        if lease.state is not LeaseState.HELD or not lease.in_time():
             raise LeaseInDoubt(
                 f"the lease of image '{name}' is in doubt: the storage has not answered in time; look there"
             )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lockfs.backends.fcntl import FcntlOptions
+from lockfs.backends.paxos.options import PaxosOptions
 from lockfs.keeper.policy import Policy
 from lockfs.mirror.modes import IoMode
 
-BACKENDS = ("fcntl", "nop")
+BACKENDS = ("fcntl", "paxos", "nop")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class MountOptions:
     backend: str = "fcntl"
     policy: Policy = field(default_factory=Policy)
     fcntl: FcntlOptions = field(default_factory=FcntlOptions)
+    paxos: PaxosOptions = field(default_factory=PaxosOptions)
     subtype: str = "lockfs"
     read_only: bool = False
     mount_flags: int = 0

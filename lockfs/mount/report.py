@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from dataclasses import asdict
 from typing import Any
 
 import trio
@@ -18,9 +19,12 @@ from lockfs.keeper.grants import HeldImage
 from lockfs.keeper.keeper import Keeper
 from lockfs.linux import calls
 from lockfs.mount.options import MountOptions
+from lockfs.mount.walk import inodes_below
 
 Answer = dict[str, Any]
 REMOTE_MAX = 4096  # images of other hosts in one report
+COLLECT_S = 6.0
+"""How long one request to remove leases works before it answers; whoever asked asks again."""
 
 
 class Report:
@@ -57,6 +61,10 @@ class Report:
             if path is not None and not isinstance(path, str):
                 raise UsageError("path must be text")
             return await self._who(path)
+        if operation == "hosts":
+            return await self._hosts()
+        if operation == "gc":
+            return await self._collect()
         raise UsageError(f"there is no operation {operation!r}")
 
     def _status(self) -> Answer:
@@ -73,6 +81,17 @@ class Report:
             "images": len(self._keeper.images()),
             "handles": len(self._handles),
         }
+
+    async def _hosts(self) -> Answer:
+        return {"hosts": [asdict(peer) for peer in await self._backend.peers()]}
+
+    async def _collect(self) -> Answer:
+        """Remove leases of images that are gone, as far as that goes within COLLECT_S."""
+        there = await trio.to_thread.run_sync(inodes_below, self._source_fd)
+        removed, done = await self._backend.collect(
+            lambda inode: inode not in there, trio.current_time() + COLLECT_S
+        )
+        return {"removed": removed, "done": done}
 
     async def _who(self, path: str | None) -> Answer:
         mine = [self._local(image) for image in self._keeper.images()]

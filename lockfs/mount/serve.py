@@ -13,6 +13,7 @@ import trio
 from lockfs.backends.base import Backend
 from lockfs.backends.fcntl import FcntlBackend
 from lockfs.backends.nop import NopBackend
+from lockfs.backends.paxos.backend import PaxosBackend
 from lockfs.channel.device import Device
 from lockfs.channel.handles import HandleTable
 from lockfs.channel.library import Library
@@ -43,6 +44,9 @@ def serve(options: MountOptions, source_fd: int, device_fd: int, ready: Callable
         device.negotiate(options.io is not IoMode.DAEMON, probe)
     finally:
         os.close(probe)
+    if options.backend == "paxos" and options.io is IoMode.AUTO:
+        # A lease that is lost can be kept from writing only where each write passes through lockfs.
+        options = replace(options, io=IoMode.GUARDED if device.passthrough else IoMode.DAEMON)
     if options.io in (IoMode.PASSTHROUGH, IoMode.GUARDED) and not device.passthrough:
         raise SetupError(
             f"io={options.io.value} needs Linux 6.9 or later and CAP_SYS_ADMIN; use io=auto or io=daemon."
@@ -54,6 +58,8 @@ def make_backend(options: MountOptions, source_fd: int) -> Backend:
     """The backend that the options name."""
     if options.backend == "nop":
         return NopBackend()
+    if options.backend == "paxos":
+        return PaxosBackend(options.paxos, source_fd, options.host)
     return FcntlBackend(options.fcntl, source_fd, options.host)
 
 
@@ -94,6 +100,7 @@ class _Service:
                 nursery.start_soon(pyfuse3.main, 1, REQUESTS_MAX)
                 library.greet()
                 await trio.to_thread.run_sync(library.await_greeting)
+                await nursery.start(self._backend.run)
                 await nursery.start(self._keeper.run)
                 relay = Relay(self._device, library, self._handles, self._mirror, nursery)
                 relay.start()

@@ -44,10 +44,11 @@ class Host(Protocol):
 
 
 class Maker(Protocol):
-    """Makes linked hosts; `attempt_s` is how long one acquire may take."""
+    """Makes linked hosts; `attempt_s` is how long one acquire may take, `races` how often hosts race."""
 
     offers: Offers
     attempt_s: float
+    races: int
 
     def hosts(self, count: int) -> AbstractAsyncContextManager[list[Any]]:
         """`count` started hosts; on exit they are stopped and their descriptors closed."""
@@ -232,7 +233,7 @@ async def racers_never_both_win(maker: Maker) -> None:
     """Of hosts that try at the same moment at most one gets the image, and it is not always none."""
     wins = 0
     async with maker.hosts(4) as hosts:
-        for _ in range(50):
+        for _ in range(maker.races):
             leases: list[tuple[Host, Lease]] = []
 
             async def race(host: Host, won: list[tuple[Host, Lease]] = leases) -> None:

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lockfs.backends.base import Backend, Image, Mode, Owner
 from lockfs.backends.fcntl import FcntlBackend, FcntlOptions
+from lockfs.backends.paxos.backend import PaxosBackend
+from lockfs.backends.paxos.options import LayoutKind, PaxosOptions
 from lockfs.errors import ImageBusy
 
 _PAUSE_S_MAX = 0.002
@@ -29,7 +31,13 @@ def _fcntl(spec: dict[str, Any]) -> Backend:
     return FcntlBackend(FcntlOptions(**spec["options"]), store, spec["host"])
 
 
-BACKENDS: dict[str, Callable[[dict[str, Any]], Backend]] = {"fcntl": _fcntl}
+def _paxos(spec: dict[str, Any]) -> Backend:
+    options = spec["options"] | {"layout": LayoutKind(spec["options"]["layout"])}
+    store = os.open(spec["store"], os.O_PATH | os.O_DIRECTORY)
+    return PaxosBackend(PaxosOptions(**options), store, spec["host"])
+
+
+BACKENDS: dict[str, Callable[[dict[str, Any]], Backend]] = {"fcntl": _fcntl, "paxos": _paxos}
 
 
 class Witness:
@@ -61,9 +69,20 @@ class Witness:
 
 async def contend(task: dict[str, Any]) -> dict[str, Any]:
     """Fight for the given number of rounds."""
-    spec, mode, witness = task["maker"], Mode(task["mode"]), Witness(Path(task["witness"]))
+    spec = task["maker"]
     backend = BACKENDS[spec["backend"]](spec)
     await backend.start(lambda lease: None)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(backend.run)
+        report = await fight(task, backend)
+        nursery.cancel_scope.cancel()
+    await backend.stop()
+    return report
+
+
+async def fight(task: dict[str, Any], backend: Backend) -> dict[str, Any]:
+    """Acquire and release with the backend running."""
+    spec, mode, witness = task["maker"], Mode(task["mode"]), Witness(Path(task["witness"]))
     path = os.fsencode(task["image"])
     descriptor = os.open(Path(spec["store"]) / task["image"], os.O_RDWR)
     image = Image(os.fstat(descriptor).st_ino, path, descriptor)
@@ -80,7 +99,6 @@ async def contend(task: dict[str, Any]) -> dict[str, Any]:
         wins += 1
         witness.write() if mode is Mode.EXCLUSIVE else witness.read()
         await backend.release(lease)
-    await backend.stop()
     return {"mode": mode.value, "wins": wins, "trouble": witness.trouble}
 
 

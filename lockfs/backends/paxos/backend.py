@@ -1,0 +1,437 @@
+"""The paxos backend: one lease per image, taken by the engine from wherever the layout has it.
+
+What other hosts are told besides (who holds, who asks) lies in the store's state directory, as with fcntl; it
+never decides anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from random import Random, SystemRandom
+from typing import TypeVar
+
+import trio
+
+from lockfs.backends.base import Backend, Holder, Image, Lease, LeaseEvent, LeaseState, Mode, Owner, Peer
+from lockfs.backends.owners import OwnerRecords
+from lockfs.backends.paxos.holders import Holders
+from lockfs.backends.paxos.index import IndexLayout
+from lockfs.backends.paxos.membership import Epoch, Membership, host_of
+from lockfs.backends.paxos.opening import open_layout
+from lockfs.backends.paxos.options import PaxosOptions
+from lockfs.backends.paxos.places import Layout, Place
+from lockfs.backends.requests import Requests
+from lockfs.backends.state import StateDirectory
+from lockfs.errors import BackendError, ImageBusy, SetupError
+from lockfs.paxos import requests as paxos_requests
+from lockfs.paxos.errors import EngineError, Refused
+from lockfs.paxos.resource import Hold, Resource
+from lockfs.paxos.seams import Clock
+from lockfs.records.results import RecordError, Result
+from lockfs.storage.clock import BootClock
+
+STATE_THREADS = 8
+CONTEND_S = 2.0
+"""How long one attempt goes on against hosts that contend for the lease, seconds; the keeper then tries
+anew.
+"""
+SETTLE_S = 5.0
+SETTLE_RETRY_S = 1.0
+MOVED_TRIES = 8
+"""How often a lease may be removed between being found and being taken."""
+_MISMATCHES = (Result.RELEASE_LVER, Result.RELEASE_OWNER)
+_REMOVED = (Result.LEADER_MAGIC, Result.LEADER_RESOURCE_NAME)
+
+_T = TypeVar("_T")
+_log = logging.getLogger("lockfs.paxos")
+
+
+@dataclass
+class PaxosLease(Lease):
+    """A lease in hand: the engine's resource, where it lies, and the membership it was taken in."""
+
+    place: Place = field(kw_only=True)
+    resource: Resource = field(kw_only=True)
+    epoch: Epoch = field(kw_only=True)
+
+    def in_time(self) -> bool:
+        """Whether a write may be started now; see Lease.in_time."""
+        return self.epoch.in_time()
+
+
+@dataclass
+class _Unsettled:
+    """A lease that a failed or cancelled step left in need of being put in order."""
+
+    place: Place
+    resource: Resource
+    epoch: Epoch
+
+
+class PaxosBackend(Backend):
+    """Leases by Disk Paxos. `run` must be running from `start` to `stop`."""
+
+    name = "paxos"
+
+    def __init__(
+        self,
+        options: PaxosOptions,
+        store_fd: int,
+        host: str,
+        *,
+        clock: Clock | None = None,
+        random: Random | None = None,
+    ) -> None:
+        """`store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`."""
+        self._options = options
+        self._store_fd = store_fd
+        self._clock = clock or BootClock()
+        self._random = random or SystemRandom()
+        instance = re.sub(r"[^A-Za-z0-9-]", "_", host)[:64] + "-" + secrets.token_hex(6)
+        state = StateDirectory(store_fd)
+        self._records = OwnerRecords(state, instance.encode())
+        self._requests = Requests(state, instance.encode())
+        self._limiter = trio.CapacityLimiter(STATE_THREADS)
+        self._membership = Membership(
+            options, host, self._clock, self._random, self._epoch_changed, self._epoch_passed
+        )
+        self._layout: Layout | None = None
+        self._leases: dict[int, PaxosLease] = {}
+        self._unsettled: dict[int, _Unsettled] = {}
+        self._called: set[int] = set()
+        self._look_at_calls = trio.Event()
+        self._on_change: LeaseEvent = lambda lease: None
+
+    # From start to stop
+
+    async def start(self, on_change: LeaseEvent) -> None:
+        """Open the lease area, making it where that is the layout's habit; raises SetupError."""
+        self._on_change = on_change
+        layout, name = await open_layout(self._options, self._store_fd, self._random)
+        self._layout = layout
+        try:
+            area = await layout.start()
+        except BackendError as error:
+            raise SetupError(str(error)) from error
+        self._membership.start(area, layout.name if isinstance(layout, IndexLayout) else name)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Join and keep the lockspace, and put in order what failed steps left; see Backend.run."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._membership.run)
+            nursery.start_soon(self._settle_late)
+            nursery.start_soon(self._answer_calls)
+            if self._options.join_wait:
+                try:
+                    await self._membership.ready()
+                except BackendError as error:
+                    raise SetupError(str(error)) from error
+            task_status.started()
+
+    async def stop(self) -> None:
+        """Settle what can be, leave the lockspace, close everything."""
+        for inode in list(self._unsettled):
+            await self._try_to_settle(inode)
+        for lease in list(self._leases.values()):  # the keeper could not give them back
+            await lease.place.close()
+        for late in self._unsettled.values():
+            await late.place.close()
+        self._leases.clear()
+        self._unsettled.clear()
+        await self._membership.stop()
+        await self._in_thread(self._records.clear)
+        if self._layout is not None:
+            await self._layout.stop()
+            self._layout = None
+
+    def _epoch_changed(self, epoch: Epoch) -> None:
+        """Tell the keeper of every lease of the epoch what it is worth now."""
+        for lease in list(self._leases.values()):
+            if lease.epoch is epoch and lease.state not in (epoch.state, LeaseState.RELEASED):
+                lease.state = epoch.state
+                self._on_change(lease)
+
+    # Taking
+
+    async def acquire(self, image: Image, mode: Mode, owner: Owner, deadline: float) -> PaxosLease:
+        """Take the lease in one attempt; see Backend.acquire. Waits for a join that is under way."""
+        if image.inode in self._leases:
+            raise BackendError(f"{image.name} is already leased by this mount.")
+        epoch = await self._ready()
+        for _ in range(MOVED_TRIES):
+            place, resource = await self._resource(image, epoch, deadline)
+            if await self._take(place, resource, image, mode, epoch):
+                break
+        else:
+            raise BackendError(f"The lease of {image.name} is being removed again and again.")
+        lease = PaxosLease(image, mode, owner, epoch.state, place=place, resource=resource, epoch=epoch)
+        self._leases[image.inode] = lease
+        with trio.CancelScope(shield=True):  # whoever reads it is told no wrong name
+            await self._in_thread(self._records.write, image.inode, mode, owner, image.path)
+        return lease
+
+    async def _ready(self) -> Epoch:
+        epoch = await self._membership.ready()
+        if isinstance(self._layout, IndexLayout):
+            self._layout.lockspace = epoch.lockspace
+        return epoch
+
+    async def _resource(self, image: Image, epoch: Epoch, deadline: float) -> tuple[Place, Resource]:
+        """The image's lease: the one that a failed step left, or as the layout finds or makes it."""
+        late = self._unsettled.pop(image.inode, None)
+        if late is not None and late.epoch is epoch:
+            return late.place, late.resource
+        if late is not None:
+            await late.place.close()
+        place = await self._opened().make(image, deadline)
+        return place, Resource(place.area, epoch.lockspace, place.name, self._random, place.hosts)
+
+    async def _take(self, place: Place, resource: Resource, image: Image, mode: Mode, epoch: Epoch) -> bool:
+        """Acquire; False if the lease was removed in between. On failure nothing stays open or taken."""
+        kept = False
+        try:
+            patience = self._clock.now() + CONTEND_S
+            await resource.acquire(shared=mode is Mode.SHARED, give_up_at=patience)
+            kept = await self._opened().still(place, image)
+            return kept
+        except Refused as refusal:
+            raise await self._busy(image, place, refusal) from refusal
+        except RecordError as error:
+            if error.result not in _REMOVED or await self._opened().still(place, image):
+                raise
+            return False
+        finally:
+            if not kept:
+                await self._put_back(image.inode, place, resource, epoch)
+
+    async def _put_back(self, inode: int, place: Place, resource: Resource, epoch: Epoch) -> None:
+        """Give up a lease after a failure, also in a cancelled task; what does not succeed is tried later."""
+        self._unsettled[inode] = _Unsettled(place, resource, epoch)
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_S):
+            await self._try_to_settle(inode)
+
+    async def _try_to_settle(self, inode: int) -> None:
+        late = self._unsettled.get(inode)
+        if late is None:
+            return
+        try:
+            if late.resource.hold is not Hold.NONE:
+                await late.resource.release()
+            else:
+                await late.resource.settle()
+        except BackendError as error:
+            if not isinstance(error, EngineError) or error.result not in _MISMATCHES:
+                _log.debug("lease of inode %d: not settled yet: %s", inode, error)
+                return
+        if self._unsettled.get(inode) is late:
+            del self._unsettled[inode]
+        await late.place.close()
+
+    async def _settle_late(self) -> None:
+        while True:
+            await trio.sleep(SETTLE_RETRY_S)
+            for inode in list(self._unsettled):
+                await self._try_to_settle(inode)
+
+    async def _busy(self, image: Image, place: Place, refusal: Refused) -> ImageBusy:
+        found = await self._holders().of(image, place)
+        names = ", ".join(str(holder) for holder in found) or "another host, which let go meanwhile"
+        sentence = f"{image.name} is held by {names}"
+        if refusal.free_at is not None:
+            left = max(0.0, refusal.free_at - self._clock.now())
+            sentence += f", a host that is silent and counts as dead in {left:.0f} s"
+        return ImageBusy(sentence + ".")
+
+    async def convert(self, lease: Lease, mode: Mode, deadline: float) -> None:
+        """Change the mode; see Backend.convert. A lease that could not wholly be weakened is SHARED."""
+        held = _ours(lease)
+        if held.mode is mode:
+            return
+        old, resource = held.mode, held.resource
+        try:
+            patience = self._clock.now() + CONTEND_S
+            await resource.convert(shared=mode is Mode.SHARED, give_up_at=patience)
+        except Refused as refusal:
+            raise await self._busy(held.image, held.place, refusal) from refusal
+        finally:
+            if resource.hold is Hold.SHARED:
+                held.mode = Mode.SHARED
+                await self._settle_shared(resource)
+        held.mode = mode
+        image, owner = held.image, held.owner
+        with trio.CancelScope(shield=True):
+            await self._in_thread(self._records.write, image.inode, mode, owner, image.path)
+            await self._in_thread(self._records.remove, image.inode, old)
+
+    async def _settle_shared(self, resource: Resource) -> None:
+        if not resource.unsettled:
+            return
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_S):
+            try:
+                await resource.settle()
+            except BackendError as error:
+                _log.debug("a conversion is not settled yet: %s", error)
+
+    # Giving back
+
+    async def release(self, lease: Lease) -> None:
+        """Give the lease back; see Backend.release. Repeated after a failure, it goes on."""
+        held = _ours(lease)
+        if held.state is LeaseState.RELEASED:
+            return
+        inode = held.image.inode
+        await self._in_thread(self._records.remove, inode, held.mode)
+        try:
+            if held.resource.hold is Hold.NONE:
+                await held.resource.settle()
+            else:
+                await held.resource.release()
+        except EngineError as error:
+            if error.result not in _MISMATCHES:
+                raise
+            _log.error("%s: its lease was not as this host had left it: %s", held.image.name, error)
+        held.state = LeaseState.RELEASED
+        self._called.discard(inode)
+        self._leases.pop(inode, None)
+        await held.place.close()
+
+    # Telling
+
+    async def holders(self, image: Image) -> list[Holder]:
+        """Everybody else who holds the image; see Backend.holders."""
+        lease = self._leases.get(image.inode)
+        if lease is not None:
+            return await self._holders().of(image, lease.place)
+        place = await self._opened().find(image)
+        if place is None:
+            return []
+        try:
+            return await self._holders().of(image, place)
+        finally:
+            await place.close()
+
+    def _holders(self) -> Holders:
+        return Holders(self._membership.epoch, self._records, self._in_thread)
+
+    async def known_paths(self) -> list[bytes]:
+        """Paths from the owner records of all hosts."""
+        return await self._in_thread(self._records.paths)
+
+    async def peers(self) -> list[Peer]:
+        """The hosts of the lockspace; see Backend.peers."""
+        epoch = self._membership.epoch
+        if epoch is None:
+            raise BackendError(f"The lockspace is not joined: {self._membership.trouble or 'not yet'}")
+        own = epoch.lockspace.host_id
+        held = [lease for lease in self._leases.values() if lease.epoch is epoch]
+        return [
+            Peer(
+                host_id=host.host_id,
+                name=host_of(host.name),
+                generation=host.generation,
+                state=host.state.value,
+                silent_s=host.silent_s,
+                io_timeout=host.io_timeout,
+                leases=len(held) if host.host_id == own else None,
+                own=host.host_id == own,
+            )
+            for host in epoch.lockspace.hosts()
+        ]
+
+    # Requests
+
+    async def request(self, image: Image, owner: Owner) -> None:
+        """Ask lockfs hosts for the image through the store. A sanlock daemon is not asked: it would answer
+        by ending the process that holds the lease."""
+        await self._in_thread(self._requests.send, image.inode, owner, trio.current_time())
+
+    async def withdraw(self, image: Image, owner: Owner) -> None:
+        """Take the request back."""
+        await self._in_thread(self._requests.withdraw, image.inode)
+
+    async def requested(self, held: Iterable[int]) -> set[int]:
+        """Those of the inodes `held` that another lockfs host, or a sanlock host's request record, asks
+        for.
+        """
+        inodes = frozenset(held)
+        asked = await self._in_thread(self._requests.asked_for, inodes, trio.current_time())
+        return asked | (self._called & inodes)
+
+    def _epoch_passed(self, epoch: Epoch) -> None:
+        """After a pass over the lockspace: did anybody tell us to look at the requests?"""
+        if epoch.lockspace.watch.take_callers():
+            self._look_at_calls.set()
+
+    async def _answer_calls(self) -> None:
+        """Look at the request records of the leases held, whenever another host called for that."""
+        while True:
+            await self._look_at_calls.wait()
+            self._look_at_calls = trio.Event()
+            for inode, lease in list(self._leases.items()):
+                leader = lease.resource.leader
+                if leader is None or lease.state is not LeaseState.HELD:
+                    continue
+                try:
+                    request = await paxos_requests.read_request(lease.place.area)
+                except BackendError as error:
+                    _log.warning("a request for %s could not be read: %s", lease.image.name, error)
+                    continue
+                if paxos_requests.concerns(request, leader.lver) and self._leases.get(inode) is lease:
+                    _log.info("%s: a host of the lockspace asks for it", lease.image.name)
+                    self._called.add(inode)
+
+    # Removing leases of images that are gone
+
+    async def collect(self, gone: Callable[[int], bool], deadline: float) -> tuple[list[int], bool]:
+        """Remove leases of images that are gone; see Backend.collect.
+
+        Whoever opens an image just then, also a new one with the same number, finds the lease held, or finds
+        it gone and makes another: so it does not matter how old the answer of `gone` is.
+        """
+        epoch = await self._ready()
+        removed: list[int] = []
+        for inode in await self._opened().listing():
+            if inode in self._leases or inode in self._unsettled or not gone(inode):
+                continue
+            if trio.current_time() >= deadline:
+                return removed, False
+            if await self._collect(Image(inode, b"inode %d" % inode, -1), epoch):
+                removed.append(inode)
+        return removed, True
+
+    async def _collect(self, image: Image, epoch: Epoch) -> bool:
+        """Remove one lease while holding it; False if it is held, or was removed by another."""
+        place = await self._opened().find(image)
+        if place is None:
+            return False
+        resource = Resource(place.area, epoch.lockspace, place.name, self._random, place.hosts)
+        try:
+            await resource.acquire()
+            if not await self._opened().still(place, image):
+                return False
+            with trio.CancelScope(shield=True):
+                await self._opened().remove(place, image)
+                resource.forget()
+            return True
+        except Refused:
+            return False
+        finally:
+            await self._put_back(image.inode, place, resource, epoch)
+
+    def _opened(self) -> Layout:
+        if self._layout is None:
+            raise BackendError("The lease area is not open.")
+        return self._layout
+
+    async def _in_thread(self, work: Callable[..., _T], *arguments: object) -> _T:
+        return await trio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
+
+
+def _ours(lease: Lease) -> PaxosLease:
+    if not isinstance(lease, PaxosLease):
+        raise TypeError("the lease was granted by another backend")
+    return lease

@@ -1,0 +1,223 @@
+"""Leases in one file or device that was prepared by hand, found through sanlock's resource index.
+
+The lockspace lies at the start, the index behind it, then the index's own lease, then the resources (section
+18 of the format). The index is changed only by whoever holds its lease; a look-up needs no lease, for an
+entry is written after its resource and cleared before it.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import trio
+
+from lockfs.backends.base import Image
+from lockfs.backends.paxos.files import check_geometry
+from lockfs.backends.paxos.options import PaxosOptions
+from lockfs.backends.paxos.places import BUSY_LOOK_S, HOSTS_DEFAULT, Layout, Place
+from lockfs.errors import BackendError, SetupError
+from lockfs.paxos.area import Area
+from lockfs.paxos.errors import Refused
+from lockfs.paxos.lockspace import Lockspace, find_lockspace, stamp
+from lockfs.paxos.resource import Hold, Resource
+from lockfs.records import sectors
+from lockfs.records.geometry import GEOMETRIES
+from lockfs.records.sectors import IndexEntry, IndexHeader
+from lockfs.storage.disk import RENEWAL_PLACES, DirectDisk
+
+AREA_WRITE_S = 60.0
+"""How long writing one whole area may take, seconds; as sanlock has it."""
+SETTLE_S = 5.0
+_NAME = b"i%016x"
+
+
+class IndexLayout(Layout):
+    """Lockspace, index and leases in one file or device."""
+
+    def __init__(self, path: str, options: PaxosOptions, lockspace: bytes | None, random: Random) -> None:
+        """`lockspace` None: whichever lies there."""
+        self._path = path
+        self._options = options
+        self._name = lockspace
+        self._random = random
+        self._renewals: DirectDisk | None = None
+        self._disk: DirectDisk | None = None
+        self._index: Area | None = None
+        self._slots: dict[bytes, int] = {}
+        self._changing = trio.Lock()
+        self.lockspace: Lockspace | None = None
+
+    @property
+    def name(self) -> bytes:
+        """The lockspace's name, known after `start` at the latest."""
+        return self._name or b""
+
+    async def start(self) -> Area:
+        """Open the area and check its index; see Layout.start. Nothing is made: that is `lockfsctl init`."""
+        timeout = self._options.io_timeout
+        self._renewals = await DirectDisk.open(self._path, places=RENEWAL_PLACES)
+        self._disk = await DirectDisk.open(self._path)
+        try:
+            found = Area(self._renewals, 0, GEOMETRIES[0], timeout)
+            area, first = await find_lockspace(found, self._name)
+            self._name = first.space_name
+            self._index = Area(self._disk, area.shape.area_size, area.shape, timeout)
+            await self._header(self._index)
+        except BackendError as error:
+            raise SetupError(
+                f"{self._path} cannot be used as a lease area: {error}; "
+                f"prepare one with `lockfsctl init {self._path} --lockspace NAME`."
+            ) from error
+        check_geometry(self._options, area.shape, self._path)
+        return area
+
+    async def _header(self, index: Area) -> IndexHeader:
+        header = sectors.decode_index(await index.read(0))
+        index.check(0, sectors.check_index, header, index.shape, self.name, index.offset)
+        return header
+
+    async def find(self, image: Image) -> Place | None:
+        """Find the image's slot, remembered or by a look at the index; see Layout.find."""
+        name = _NAME % image.inode
+        if name not in self._slots and await self._look_up(name) is None:
+            return None
+        return self._place(name)
+
+    def _place(self, name: bytes) -> Place:
+        index = self._started()
+        area = Area(index.disk, self._slots[name], index.shape, index.timeout)
+        return Place(area, name, index.shape.hosts_max)
+
+    async def _look_up(self, name: bytes) -> int | None:
+        """Read the index and remember its entries; the number of the first free one if `name` is not
+        there.
+        """
+        entries = await self._entries()
+        self._slots = {entry.name: entry.offset for entry in entries if entry.offset}
+        return self._slots.get(name)
+
+    async def _entries(self) -> list[IndexEntry]:
+        index = self._started()
+        header = await self._header(index)
+        size = index.shape.sector_size
+        last, _ = sectors.entry_place(header.max_resources - 1, size)
+        table = await index.read(0, last + 1)
+        places = (sectors.entry_place(number, size) for number in range(header.max_resources))
+        return [sectors.decode_entry(table, sector * size + at) for sector, at in places]
+
+    async def make(self, image: Image, deadline: float) -> Place:
+        """Find or make the image's lease; see Layout.make. Made under the index's lease."""
+        name = _NAME % image.inode
+        place = await self.find(image)
+        if place is not None:
+            return place
+        async with self._changing:
+            lease = await self._lock_index(deadline)
+            try:
+                if await self._look_up(name) is None:
+                    self._slots[name] = await self._add(name)
+            finally:
+                await self._unlock(lease)
+        return self._place(name)
+
+    async def _lock_index(self, deadline: float) -> Resource:
+        """Hold the index's own lease; raises BackendError if that takes longer than the deadline."""
+        index, lockspace = self._started(), self.lockspace
+        if lockspace is None:
+            raise BackendError(f"The lockspace of {self._path} is not joined.")
+        area = Area(index.disk, index.offset + index.shape.area_size, index.shape, index.timeout)
+        lease = Resource(area, lockspace, sectors.INDEX_LEASE_NAME, self._random)
+        while True:
+            try:
+                await lease.acquire(give_up_at=lockspace.clock.now() + 1.0)
+                return lease
+            except Refused as refusal:
+                await self._unlock(lease)
+                if trio.current_time() >= deadline:
+                    raise BackendError(f"The index of {self._path} is being changed: {refusal}") from refusal
+                await trio.sleep(BUSY_LOOK_S * (0.5 + self._random.random()))
+            except BaseException:
+                await self._unlock(lease)
+                raise
+
+    async def _unlock(self, lease: Resource) -> None:
+        """Give the index's lease back, also in a cancelled task."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_S):
+            if lease.hold is Hold.NONE:
+                await lease.settle()
+            else:
+                await lease.release()
+
+    async def _add(self, name: bytes) -> int:
+        """Take the first free entry, the caller having the index's lease; returns the resource's offset."""
+        index = self._started()
+        entries = await self._entries()
+        number = next((number for number, entry in enumerate(entries) if not entry.offset), None)
+        if number is None:
+            raise BackendError(f"All {len(entries)} leases of {self._path} are taken; run `lockfsctl gc`.")
+        offset = sectors.entry_area(number, index.shape, index.offset)
+        leader = sectors.new_leader(index.shape, self.name, name, self._hosts())
+        await index.disk.write(offset, sectors.new_resource(leader), AREA_WRITE_S)
+        await self._write_entry(number, IndexEntry(offset, 0, sectors.name_field(name)))
+        return offset
+
+    def _hosts(self) -> int:
+        """For how many hosts a lease is made; 0: all that fit."""
+        shape = self._started().shape
+        return min(HOSTS_DEFAULT, shape.hosts_max) if (self._options.host_id or 0) <= HOSTS_DEFAULT else 0
+
+    async def _write_entry(self, number: int, entry: IndexEntry) -> None:
+        """Change one entry: its sector is read and written whole, under the index's lease."""
+        index = self._started()
+        sector, at = sectors.entry_place(number, index.shape.sector_size)
+        old = await index.read(sector)
+        packed = entry.encode()
+        await index.write(sector, old[:at] + packed + old[at + len(packed) :])
+
+    async def still(self, place: Place, image: Image) -> bool:
+        """Whether the index still has the lease at this place; see Layout.still."""
+        return await self._look_up(place.name) == place.area.offset
+
+    async def remove(self, place: Place, image: Image) -> None:
+        """Clear the entry, then mark the lease as removed; see Layout.remove."""
+        async with self._changing:
+            lease = await self._lock_index(trio.current_time() + SETTLE_S)
+            try:
+                entries = await self._entries()
+                for number, entry in enumerate(entries):
+                    if (entry.offset, entry.name) == (place.area.offset, place.name):
+                        await self._clear(number, place)
+            finally:
+                await self._unlock(lease)
+
+    async def _clear(self, number: int, place: Place) -> None:
+        """Whoever still knows the place finds the mark there, and whoever looks it up finds nothing."""
+        await self._write_entry(number, sectors.FREE_ENTRY)
+        self._slots.pop(place.name, None)
+        now = self.lockspace.clock.now() if self.lockspace is not None else 0.0
+        mark = sectors.new_leader(place.area.shape, self.name, place.name, cleared_at=stamp(now))
+        await place.area.write(sectors.LEADER_SECTOR, sectors.encode_leader(mark))
+
+    async def listing(self) -> list[int]:
+        """Inode numbers by the entries' names; see Layout.listing."""
+        found = []
+        for entry in await self._entries():
+            digits = entry.name[1:]
+            if entry.offset and entry.name[:1] == b"i" and len(digits) == 16:
+                try:
+                    found.append(int(digits, 16))
+                except ValueError:
+                    continue
+        return sorted(found)
+
+    def _started(self) -> Area:
+        if self._index is None:
+            raise BackendError(f"The lease area {self._path} is not open.")
+        return self._index
+
+    async def stop(self) -> None:
+        """Close the area."""
+        for disk in (self._disk, self._renewals):
+            if disk is not None:
+                await disk.close()
+        self._disk = self._renewals = self._index = None

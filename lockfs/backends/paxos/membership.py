@@ -1,0 +1,310 @@
+"""This mount's membership of the lockspace: joined in the background, renewed, watched, joined anew when
+lost.
+
+Renewals have a disk, and so threads, of their own. An `Epoch` is one membership from join to loss; leases
+know theirs, and what one epoch lost no later one brings back.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from random import Random
+
+import trio
+
+from lockfs.backends.base import LeaseState
+from lockfs.backends.paxos.hostids import HostIds
+from lockfs.backends.paxos.options import PaxosOptions
+from lockfs.backends.paxos.places import HOSTS_DEFAULT
+from lockfs.errors import BackendError, LockfsError
+from lockfs.paxos.area import Area
+from lockfs.paxos.errors import IdInUse, LockspaceFailed
+from lockfs.paxos.lockspace import Lockspace, Standing, free_ids, survey
+from lockfs.paxos.seams import Clock
+from lockfs.records import sectors
+from lockfs.records.sectors import NAME_BYTES
+
+_log = logging.getLogger("lockfs.paxos")
+
+RETRY_S = 0.5
+"""Between two tries to renew, and to join, after a failure."""
+REJOIN_S = 5.0
+LOOK_S = 1.0
+"""The longest time, as trio's clock has it, between two looks at the standing: a suspended machine does not
+count it, so the boot clock may have run on."""
+JOIN_SLACK = 5
+"""Of what a join may take beyond its delays, in io_timeouts: its reads and writes."""
+_TOKEN_CHARS = 16
+
+_STATES = {
+    Standing.GOOD: LeaseState.HELD,
+    Standing.LATE: LeaseState.HELD,
+    Standing.DOUBT: LeaseState.DOUBT,
+    Standing.LOST: LeaseState.LOST,
+}
+
+
+class Epoch:
+    """One membership. `state` is what leases taken in it are worth at the moment."""
+
+    def __init__(self, lockspace: Lockspace) -> None:
+        self.lockspace = lockspace
+        self.state = LeaseState.HELD
+
+    def in_time(self) -> bool:
+        """Whether a write may be started now; asked from any thread, for every write."""
+        return self.lockspace.clock.now() < self.lockspace.write_until
+
+
+def unique_name(host: str) -> bytes:
+    """A name for the lockspace that no other start of any lockfs has: a random token, a dot, the host."""
+    return f"{secrets.token_hex(_TOKEN_CHARS // 2)}.{shortened(host)}".encode()
+
+
+def shortened(host: str) -> str:
+    """As much of a host's name as a lockspace name has room for."""
+    return host.encode()[: NAME_BYTES - _TOKEN_CHARS - 1].decode("utf-8", "ignore")
+
+
+def host_of(name: str) -> str:
+    """The host's own name in a lockspace name of `unique_name`; others come back as they are."""
+    token, dot, host = name.partition(".")
+    made_here = dot and len(token) == _TOKEN_CHARS and set(token) <= set("0123456789abcdef")
+    return host if made_here and host else name
+
+
+def made_by_lockfs(name: str) -> bool:
+    """Whether a lockspace name was made by `unique_name`."""
+    return host_of(name) != name
+
+
+class Membership:
+    """Keeps one host in the lockspace. `changed` is called when the epoch's state changed, `passed` after
+    each pass over the lockspace.
+    """
+
+    def __init__(  # noqa: PLR0917  (the parts of a membership)
+        self,
+        options: PaxosOptions,
+        host: str,
+        clock: Clock,
+        random: Random,
+        changed: Callable[[Epoch], None],
+        passed: Callable[[Epoch], None],
+    ) -> None:
+        self._options = options
+        self._host = host
+        self._clock = clock
+        self._random = random
+        self._changed = changed
+        self._passed = passed
+        self._area: Area | None = None
+        self._name = b""
+        self._ids: HostIds | None = None
+        self._ready = trio.Event()
+        self._trouble: LockfsError | None = None
+        self.epoch: Epoch | None = None
+
+    def start(self, area: Area, name: bytes) -> None:
+        """Say where the lockspace is."""
+        self._area, self._name = area, name
+        self._ids = HostIds(self._options.state_dir, area.name, name)
+
+    # Joining
+
+    async def ready(self) -> Epoch:
+        """The present epoch; waits for a join that is under way, within what a join may take.
+
+        Raises:
+            BackendError: not joined, with the reason as far as known.
+        """
+        limit = self._options.timing.dead + self._options.timing.renewal
+        limit += JOIN_SLACK * self._options.io_timeout
+        with trio.move_on_after(limit):
+            await self._ready.wait()
+        if self.epoch is None or self.epoch.state is LeaseState.LOST:
+            raise self._not_joined()
+        return self.epoch
+
+    def _not_joined(self) -> BackendError:
+        reason = f": {self._trouble}" if self._trouble is not None else ""
+        return BackendError(f"Lockspace {sectors.shown(self._name)} is not joined{reason}")
+
+    @property
+    def trouble(self) -> str:
+        """Why the lockspace is not joined at the moment, as far as known; empty if it is."""
+        return "" if self.epoch is not None or self._trouble is None else str(self._trouble)
+
+    async def run(self) -> None:
+        """Join, renew, and join anew after a loss, until cancelled."""
+        while True:
+            epoch = await self._join()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_renewing, epoch)
+                await self._observe(epoch)
+                nursery.cancel_scope.cancel()  # a renewal that hangs would hang for as long as its write may
+            self._ready = trio.Event()
+            self.epoch = None
+            self._end(epoch)
+            await trio.sleep(RETRY_S)
+
+    def _end(self, epoch: Epoch) -> None:
+        if self._ids is not None:
+            self._ids.let_go(epoch.lockspace.host_id, keep=False)
+
+    async def _join(self) -> Epoch:
+        while True:
+            try:
+                lockspace = await self._attempt()
+            except (BackendError, LockfsError) as error:
+                if str(error) != str(self._trouble):
+                    _log.error("lockspace %s cannot be joined: %s", sectors.shown(self._name), error)
+                self._trouble = error
+                self._wake()
+                await trio.sleep(REJOIN_S)
+                continue
+            epoch = Epoch(lockspace)
+            self._trouble = None
+            self.epoch = epoch
+            await self._first_pass(epoch)
+            _log.info(
+                "lockspace %s is joined with host id %d, generation %d",
+                sectors.shown(self._name),
+                lockspace.host_id,
+                lockspace.generation,
+            )
+            self._wake()
+            return epoch
+
+    def _wake(self) -> None:
+        """Let those who wait look; who comes later waits for the next outcome, unless there is an epoch."""
+        self._ready.set()
+        if self.epoch is None:
+            self._ready = trio.Event()
+
+    async def _first_pass(self, epoch: Epoch) -> None:
+        """Renew at once: until then nothing is known of the other hosts."""
+        try:
+            await epoch.lockspace.renew()
+        except BackendError as error:
+            _log.warning("the first renewal of lockspace %s failed: %s", sectors.shown(self._name), error)
+
+    async def _attempt(self) -> Lockspace:
+        """Join once, with the host id given or with one of the free ones."""
+        area, ids = self._area, self._ids
+        if area is None or ids is None:
+            raise BackendError("the lease area is not open")
+        if self._options.host_id is not None:
+            lockspace = self._lockspace(area, self._options.host_id)
+            await self._enter(lockspace)
+            return lockspace
+        for host_id in await self._candidates(area, ids):
+            if not await trio.to_thread.run_sync(ids.hold, host_id):
+                continue
+            lockspace = self._lockspace(area, host_id)
+            try:
+                await self._enter(lockspace)
+            except IdInUse as error:
+                ids.let_go(host_id, keep=False)
+                _log.info("another host was quicker: %s", error)
+            except BaseException:
+                ids.let_go(host_id, keep=False)
+                raise
+            else:
+                return lockspace
+        raise BackendError("no host id is free; give one with host_id=, that of a host that is gone")
+
+    async def _candidates(self, area: Area, ids: HostIds) -> list[int]:
+        most = min(HOSTS_DEFAULT, area.shape.hosts_max)
+        free = free_ids(await survey(area), self._name, most)
+        return await trio.to_thread.run_sync(ids.candidates, free, self._random)
+
+    def _lockspace(self, area: Area, host_id: int) -> Lockspace:
+        return Lockspace(
+            area,
+            self._name,
+            host_id,
+            unique_name(self._host),
+            clock=self._clock,
+            timing=self._options.timing,
+        )
+
+    async def _enter(self, lockspace: Lockspace) -> None:
+        """Join, and give the id back if that is cut short."""
+        try:
+            await lockspace.join()
+        except IdInUse:
+            raise
+        except BaseException:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + self._options.io_timeout):
+                try:
+                    await lockspace.leave()
+                except BackendError as error:
+                    _log.warning("host id %d could not be given back: %s", lockspace.host_id, error)
+            raise
+
+    # Renewing
+
+    async def _keep_renewing(self, epoch: Epoch) -> None:
+        """Renew until the membership is lost."""
+        lockspace = epoch.lockspace
+        failing = False
+        while lockspace.standing() is not Standing.LOST:
+            await trio.sleep(max(0.0, lockspace.renewal_due - self._clock.now()))
+            late = not epoch.in_time()
+            try:
+                await lockspace.renew()
+            except LockspaceFailed as error:
+                _log.error("%s", error)
+                break
+            except BackendError as error:
+                if not failing:
+                    _log.warning("lockspace %s could not be renewed: %s", sectors.shown(self._name), error)
+                failing = True
+                await trio.sleep(RETRY_S)
+                continue
+            if failing and lockspace.standing() is Standing.GOOD:
+                _log.info("lockspace %s is renewed again", sectors.shown(self._name))
+            failing = False
+            if late:  # gates have said no meanwhile, whether or not anybody had looked at the standing
+                self._tell(epoch, LeaseState.DOUBT)
+            self._look(epoch)
+            self._passed(epoch)
+        self._look(epoch)
+
+    async def _observe(self, epoch: Epoch) -> None:
+        """Tell of each change of the standing when it happens, whatever a renewal hangs on."""
+        lockspace = epoch.lockspace
+        while epoch.state is not LeaseState.LOST:
+            self._look(epoch)
+            now = self._clock.now()
+            limits = (lockspace.write_until, lockspace.renewed_at + lockspace.comeback)
+            next_change = min((limit - now for limit in limits if limit > now), default=LOOK_S)
+            await trio.sleep(min(LOOK_S, next_change))
+
+    def _look(self, epoch: Epoch) -> None:
+        self._tell(epoch, _STATES[epoch.lockspace.standing()])
+
+    def _tell(self, epoch: Epoch, state: LeaseState) -> None:
+        if epoch.state is state or epoch.state is LeaseState.LOST:
+            return
+        epoch.state = state
+        if state is LeaseState.LOST:
+            _log.error("lockspace %s is lost: %s", sectors.shown(self._name), epoch.lockspace.why_lost)
+        self._changed(epoch)
+
+    # Leaving
+
+    async def stop(self) -> None:
+        """Leave the lockspace; every lease was given back before."""
+        epoch, self.epoch = self.epoch, None
+        if epoch is None:
+            return
+        try:
+            await epoch.lockspace.leave()
+        except BackendError as error:
+            _log.warning("the lockspace could not be left, other hosts will wait for this one: %s", error)
+        if self._ids is not None:
+            self._ids.let_go(epoch.lockspace.host_id, keep=True)
