@@ -1,4 +1,4 @@
-"""The command lockfsctl: which mounts run here, and who holds which image."""
+"""The command lockfsctl: which mounts run here, who holds which image; lease areas made and looked at."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lockfs import __version__
+from lockfs.cli import areas
 from lockfs.cli.table import local_time, printable, render
 from lockfs.errors import EXIT_OK, EXIT_SYSTEM, EXIT_USAGE, LockfsError
 from lockfs.mount import control
@@ -69,7 +70,9 @@ class _Arguments(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Arguments(
-        prog="lockfsctl", description="Shows the lockfs mounts of this host.", allow_abbrev=False
+        prog="lockfsctl",
+        description="Shows the lockfs mounts of this host, and prepares and shows lease areas.",
+        allow_abbrev=False,
     )
     parser.add_argument("-V", "--version", action="version", version=f"lockfsctl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -91,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (status, who):
         command.add_argument("--json", action="store_true", help="print JSON, for programs")
+    areas.add_commands(commands)
     return parser
 
 
@@ -207,11 +211,16 @@ def _print(command: str, found: Found, *, as_json: bool) -> None:
 
 
 def run(argv: Sequence[str], folder: Path | None = None) -> int:
-    """Run the command on the sockets in `folder`; returns its exit code: 0, 1 usage, 2 nothing there."""
+    """Run the command; returns its exit code: 0, 1 wrong usage, 2 nothing there.
+
+    `folder` has the sockets of the mounts, for those commands that ask them.
+    """
     try:
         arguments = _parser().parse_args(argv)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else EXIT_USAGE
+    if arguments.command in areas.COMMANDS:
+        return areas.COMMANDS[arguments.command](arguments)
     found = Found()
     try:
         mounts = running_mounts(found.complaints, folder)
