@@ -7,19 +7,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lockfs import __version__
-from lockfs.cli import areas
+from lockfs.cli import areas, lockspace
+from lockfs.cli.asking import TIMEOUT_S, Found, Mount, locate, running_mounts
 from lockfs.cli.table import local_time, printable, render
 from lockfs.errors import EXIT_OK, EXIT_SYSTEM, EXIT_USAGE, LockfsError
 from lockfs.mount import control
-from lockfs.mount.control import ControlError, Message, ServerGone
-from lockfs.mount.table import is_below
-
-TIMEOUT_S = 15.0
+from lockfs.mount.control import ControlError, Message
 
 _STATUS_HEADINGS = (
     "MOUNTPOINT",
@@ -34,32 +31,6 @@ _STATUS_HEADINGS = (
     "VERSION",
 )
 _WHO_HEADINGS = ("IMAGE", "MODE", "HOST", "PID", "PROGRAM", "SINCE", "STATE")
-
-
-@dataclass(frozen=True)
-class Mount:
-    """A running mount: its socket and what it said of itself."""
-
-    socket: Path
-    status: Message
-
-    @property
-    def mountpoint(self) -> str:
-        """Where it is mounted, or "" if it did not say."""
-        return str(self.status.get("mountpoint") or "")
-
-    @property
-    def source(self) -> str:
-        """What it mirrors, or "" if it did not say."""
-        return str(self.status.get("source") or "")
-
-
-@dataclass
-class Found:
-    """What was gathered, and the sentences about what was not."""
-
-    rows: list[Message] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
 
 
 class _Arguments(argparse.ArgumentParser):
@@ -94,37 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (status, who):
         command.add_argument("--json", action="store_true", help="print JSON, for programs")
+    lockspace.add_commands(commands)
     areas.add_commands(commands)
     return parser
-
-
-def running_mounts(complaints: list[str], folder: Path | None = None) -> list[Mount]:
-    """The mounts that answer, by mount point; adds a sentence for each that should and does not."""
-    mounts = []
-    for socket in control.find_sockets(folder):
-        try:
-            mounts.append(Mount(socket, control.request(socket, {"op": "status"}, TIMEOUT_S)))
-        except ServerGone:
-            continue
-        except ControlError as error:
-            complaints.append(str(error))
-    return sorted(mounts, key=lambda mount: mount.mountpoint)
-
-
-def locate(path: str, mounts: Sequence[Mount]) -> tuple[Mount, str | None] | None:
-    """The mount that `path` is on, and its place there (None: the mount point itself).
-
-    The longest mount point wins; a path in a mount's source counts as on the mount.
-    """
-    best: tuple[int, Mount, str | None] | None = None
-    for mount in mounts:
-        for root in (mount.mountpoint, mount.source):
-            if not root or not (path == root or is_below(path, root)):
-                continue
-            if best is None or len(root) > best[0]:
-                relative = os.path.relpath(path, root)
-                best = (len(root), mount, None if relative == "." else relative)
-    return best[1:] if best else None
 
 
 def status(places: Sequence[str], mounts: Sequence[Mount], found: Found) -> None:
@@ -221,6 +164,8 @@ def run(argv: Sequence[str], folder: Path | None = None) -> int:
         return end.code if isinstance(end.code, int) else EXIT_USAGE
     if arguments.command in areas.COMMANDS:
         return areas.COMMANDS[arguments.command](arguments)
+    if arguments.command in lockspace.COMMANDS:
+        return lockspace.COMMANDS[arguments.command](arguments, folder)
     found = Found()
     try:
         mounts = running_mounts(found.complaints, folder)

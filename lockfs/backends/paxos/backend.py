@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random, SystemRandom
@@ -29,6 +30,7 @@ from lockfs.backends.state import StateDirectory
 from lockfs.errors import BackendError, ImageBusy, SetupError
 from lockfs.paxos import requests as paxos_requests
 from lockfs.paxos.errors import EngineError, Refused
+from lockfs.paxos.owners import ownership
 from lockfs.paxos.resource import Hold, Resource
 from lockfs.paxos.seams import Clock
 from lockfs.records.results import RecordError, Result
@@ -41,6 +43,8 @@ anew.
 """
 SETTLE_S = 5.0
 SETTLE_RETRY_S = 1.0
+COUNT_S = 4.0
+"""How long a report may read leases to count who holds how many, seconds."""
 MOVED_TRIES = 8
 """How often a lease may be removed between being found and being taken."""
 _MISMATCHES = (Result.RELEASE_LVER, Result.RELEASE_OWNER)
@@ -327,7 +331,7 @@ class PaxosBackend(Backend):
         if epoch is None:
             raise BackendError(f"The lockspace is not joined: {self._membership.trouble or 'not yet'}")
         own = epoch.lockspace.host_id
-        held = [lease for lease in self._leases.values() if lease.epoch is epoch]
+        counts = await self._count_leases(epoch)
         return [
             Peer(
                 host_id=host.host_id,
@@ -336,11 +340,31 @@ class PaxosBackend(Backend):
                 state=host.state.value,
                 silent_s=host.silent_s,
                 io_timeout=host.io_timeout,
-                leases=len(held) if host.host_id == own else None,
+                leases=counts[host.host_id] if counts is not None else None,
                 own=host.host_id == own,
             )
             for host in epoch.lockspace.hosts()
         ]
+
+    async def _count_leases(self, epoch: Epoch) -> Counter[int] | None:
+        """How many leases each host holds; None if they are too many to be read in COUNT_S."""
+        counts: Counter[int] = Counter()
+        with trio.move_on_after(COUNT_S):
+            for inode in await self._opened().listing():
+                place = await self._opened().find(Image(inode, b"", -1))
+                if place is None:
+                    continue
+                try:
+                    found = await ownership(place.area, epoch.lockspace.name, place.name)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await place.close()
+                now = self._clock.now()
+                for host_id, generation in found.hosts:
+                    if epoch.lockspace.watch.may_be_alive(host_id, generation, now):
+                        counts[host_id] += 1
+            return counts
+        return None
 
     # Requests
 

@@ -23,7 +23,7 @@ from lockfs.paxos.area import PROBE_BYTES, Area
 from lockfs.paxos.lockspace import find_lockspace
 from lockfs.records import sectors
 from lockfs.records.geometry import GEOMETRIES, MIB, Geometry, geometry
-from lockfs.records.results import RecordError
+from lockfs.records.results import RecordError, Result
 from lockfs.storage.buffers import Buffers
 from lockfs.storage.disk import PLACES, RENEWAL_PLACES, Crew, DirectDisk
 from lockfs.storage.opening import StorageMissing
@@ -113,6 +113,17 @@ def check_geometry(options: PaxosOptions, found: Geometry, where: str) -> None:
             raise SetupError(f"{option}= does not fit: {where} has {found}; leave the option out.")
 
 
+def unusable(what: str, error: BackendError, unprepared: str = "") -> str:
+    """The sentence about a lockspace that cannot be used: why, and what to do.
+
+    `unprepared` is what to do where nobody prepared it; left out, that is nothing a user can do there.
+    """
+    advice = unprepared or "give another place with lease_area=, or restore the lockspace"
+    if isinstance(error, RecordError) and error.result is Result.LEADER_SPACE_NAME:
+        advice = "give its name with lockspace=, or another place with lease_area="
+    return f"{what}: {str(error).rstrip('.')}; {advice}."
+
+
 class FileLayout(Layout):
     """Lockspace and leases as files of one directory."""
 
@@ -140,7 +151,7 @@ class FileLayout(Layout):
             found = Area(disk, 0, GEOMETRIES[0], self._options.io_timeout)
             area, _ = await find_lockspace(found, self._lockspace)
         except BackendError as error:
-            raise SetupError(f"The lockspace in {self._name} cannot be used: {error}") from error
+            raise SetupError(unusable(f"The lockspace in {self._name} cannot be used", error)) from error
         check_geometry(self._options, area.shape, self._name)
         self._shape = area.shape
         return area

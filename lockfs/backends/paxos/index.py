@@ -12,7 +12,7 @@ from random import Random
 import trio
 
 from lockfs.backends.base import Image
-from lockfs.backends.paxos.files import check_geometry
+from lockfs.backends.paxos.files import check_geometry, unusable
 from lockfs.backends.paxos.options import PaxosOptions
 from lockfs.backends.paxos.places import BUSY_LOOK_S, HOSTS_DEFAULT, Layout, Place
 from lockfs.errors import BackendError, SetupError
@@ -64,9 +64,9 @@ class IndexLayout(Layout):
             self._index = Area(self._disk, area.shape.area_size, area.shape, timeout)
             await self._header(self._index)
         except BackendError as error:
+            prepare = f"prepare one with `lockfsctl init {self._path} --lockspace NAME`"
             raise SetupError(
-                f"{self._path} cannot be used as a lease area: {error}; "
-                f"prepare one with `lockfsctl init {self._path} --lockspace NAME`."
+                unusable(f"{self._path} cannot be used as a lease area", error, prepare)
             ) from error
         check_geometry(self._options, area.shape, self._path)
         return area

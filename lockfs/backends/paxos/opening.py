@@ -70,7 +70,8 @@ def _open_directory(options: PaxosOptions, store_fd: int) -> tuple[int, str]:
     try:
         if name is not None:
             return os.open(name, _DIRECTORY), name
-        name = f"{STATE_DIR.decode()}/{LEASES.decode()} of the store"
+        # The whole path: messages show it, and host ids are kept by it, so each store must have its own.
+        name = os.path.join(os.readlink(f"/proc/self/fd/{store_fd}"), os.fsdecode(STATE_DIR + b"/" + LEASES))
         resolve = calls.RESOLVE_NO_SYMLINKS | calls.RESOLVE_BENEATH
         with contextlib.suppress(FileExistsError):
             os.mkdir(STATE_DIR, 0o700, dir_fd=store_fd)
