@@ -19,7 +19,7 @@ import trio
 
 from lockfs.backends.base import Image
 from lockfs.channel.handles import FOPEN_PASSTHROUGH, Handle
-from lockfs.errors import ImageBusy, LeaseUnavailable
+from lockfs.errors import BackendError, ImageBusy, LeaseUnavailable
 from lockfs.keeper.gate import GateState
 from lockfs.keeper.grants import Access, Grant
 from lockfs.keeper.openers import Opener, identify
@@ -282,9 +282,9 @@ class Opens:
 
 @contextmanager
 def telling(image: Image, opener: Opener, purpose: str) -> Iterator[None]:
-    """Log it if the image turns out to be busy; the error's sentence names the holder."""
+    """Log a refusal: the error's sentence names the holder, or says what is wrong with the storage."""
     try:
         yield
-    except ImageBusy as error:
+    except (ImageBusy, BackendError) as error:
         log.warning("%s was refused %s of '%s': %s", opener, purpose, image.name, error)
         raise

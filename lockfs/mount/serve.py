@@ -59,7 +59,7 @@ def make_backend(options: MountOptions, source_fd: int) -> Backend:
     if options.backend == "nop":
         return NopBackend()
     if options.backend == "paxos":
-        return PaxosBackend(options.paxos, source_fd, options.host)
+        return PaxosBackend(options.paxos, source_fd, options.host, store=options.source)
     return FcntlBackend(options.fcntl, source_fd, options.host)
 
 

@@ -58,7 +58,8 @@ class OwnerCheck:
             if self._has_left(delta):
                 return Verdict.GONE
             if not self._seen:
-                self._seen = delta.timestamp
+                # Seen only now: a renewal may have landed at any moment until here.
+                self._start, self._seen = clock.now(), delta.timestamp
             elif delta.timestamp != self._seen or self._fresh:
                 return await self._alive(delta, read_owner)
             elif looked_at > self._dead_at:

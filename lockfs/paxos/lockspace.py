@@ -292,14 +292,14 @@ class Lockspace:
         """Give the host id back. Every lease of the lockspace must have been released, or all I/O have ended.
 
         After a join that was cut short the id is given back only if it is still as we wrote it; after a
-        membership that was LOST it is not, and others will wait for it as for a dead host's.
+        membership in DOUBT or LOST it is not, and others will wait for it as for a dead host's.
 
         Raises:
             DiskError, DiskTimeout: not given back; others will wait for it as for a dead host's.
         """
         last, joined = self._last, self._joined
-        if last is None or (self.standing() is Standing.LOST and joined):
-            # Once others may have given us up, the sector may be somebody else's by the time we write.
+        if last is None or (joined and self.standing() in (Standing.DOUBT, Standing.LOST)):
+            # Others may have given us up by the time the write lands: the sector would be somebody else's.
             self._forget()
             return
         if not joined and not await self._still_joining(last):
@@ -315,10 +315,10 @@ class Lockspace:
         A record that landed too late may lie over that of a host that has joined, of the same generation: to
         free that would give away what the other holds.
         """
-        if self.clock.now() - last.timestamp >= self.timing.fails:
-            return False
         is_there = await self._read_own() == last
-        return is_there and (self._landed or self.clock.now() < self._overlaps_until)
+        now = self.clock.now()
+        in_time = now - last.timestamp < self.timing.fails
+        return is_there and in_time and (self._landed or now < self._overlaps_until)
 
     def _forget(self) -> None:
         self._joined = False

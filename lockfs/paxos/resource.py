@@ -47,11 +47,28 @@ class Hold(enum.Enum):
 
 @dataclass(frozen=True)
 class _Survey:
-    """What the first reading of an attempt found: the leader, this host's own sector, the highest mbal."""
+    """What the first reading of an attempt found: the leader, this host's own sector, the highest mbal, and the
+    highest version that any host has entered.
+    """
 
     leader: Leader
     own: HostRecord
     mbal_max: int
+    lver_max: int
+
+    @property
+    def next(self) -> int:
+        """The version to contend for."""
+        return max(self.leader.lver + 1, self.lver_max)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a host is in a version later than the leader's next.
+
+        If the leader still is the same afterwards, somebody's late commit has put it back. Whoever entered
+        that version found the one before it free to be taken, and its ballot has kept what was decided.
+        """
+        return self.next > self.leader.lver + 1
 
 
 class Resource:
@@ -133,7 +150,9 @@ class Resource:
         for _ in range(ROUNDS_MAX):
             survey = await self._survey()
             won = None
-            verdict, in_hand = await self._takeable(survey.leader, give_up_at)
+            verdict, in_hand = Verdict.GONE, False
+            if not survey.is_behind:
+                verdict, in_hand = await self._takeable(survey.leader, give_up_at)
             if verdict is Verdict.GONE:
                 won = await self._contend(survey, mode, give_up_at, in_hand=in_hand, short=short)
             if won is None:
@@ -148,20 +167,22 @@ class Resource:
     def _stale(self, survey: _Survey) -> bool:
         """Whether the version that was won is one this host had proposed for, and let go of, before."""
         dblock = survey.own.dblock
-        return dblock.lver == survey.leader.lver + 1 and bool(dblock.bal)
+        return dblock.lver == survey.next and bool(dblock.bal)
 
     async def _survey(self) -> _Survey:
         """The first reading: leader and ballots. A damaged ballot of any host ends the attempt."""
         leader, prefix = await self._read_prefix()
-        own, mbal_max = HostRecord(), 0
+        own, mbal_max, lver_max = HostRecord(), 0, 0
         size = self.area.shape.sector_size
         for host_id, record in sectors.used_hosts(prefix, size, leader.num_hosts):
             self.area.check(sectors.host_sector(host_id), sectors.check_dblock, record.dblock)
             self.area.check(sectors.host_sector(host_id), _check_number, record.dblock.mbal)
+            self.area.check(sectors.host_sector(host_id), _check_number, record.dblock.lver)
             mbal_max = max(mbal_max, record.dblock.mbal)
+            lver_max = max(lver_max, record.dblock.lver)
             if host_id == self._lockspace.host_id:
                 own = record
-        return _Survey(leader, own, mbal_max)
+        return _Survey(leader, own, mbal_max, lver_max)
 
     async def _read_prefix(self) -> tuple[Leader, bytes]:
         """The leader and all hosts' sectors, whose size and number the leader itself states."""
@@ -214,16 +235,16 @@ class Resource:
         let_go = self._stale(survey)
         step = cur.max_hosts
         mbal = host_id if survey.mbal_max == 0 else survey.mbal_max - survey.mbal_max % step + step + host_id
-        accepted = survey.own.dblock if survey.own.dblock.lver == cur.lver + 1 else Dblock()
+        accepted = survey.own.dblock if survey.own.dblock.lver == survey.next else Dblock()
         for _ in range(BALLOTS_MAX):
             now = cur if in_hand else await self._read_leader()
             in_hand = False
-            if now.lver == cur.lver + 1:
+            if now.lver == survey.next:
                 return self._committed_by_another(now), await self._sharers()
             if now != cur:
                 return None
             try:
-                value, sharers = await self._ballot(cur, mbal, mode, accepted)
+                value, sharers = await self._ballot(survey, mbal, mode, accepted)
             except BallotLost:
                 accepted = self._written.dblock
                 await self._back_off(give_up_at)
@@ -231,16 +252,16 @@ class Resource:
                 continue
             if (let_go or value.host_id != host_id) and await self._read_leader() != cur:
                 return None
-            return await self._commit(cur, value, sharers, short=short)
+            return await self._commit(survey, value, sharers, short=short)
         return None
 
     async def _ballot(
-        self, cur: Leader, mbal: int, mode: ModeBlock, accepted: Dblock
+        self, survey: _Survey, mbal: int, mode: ModeBlock, accepted: Dblock
     ) -> tuple[Value, set[int]]:
-        lockspace = self._lockspace
+        lockspace, num_hosts = self._lockspace, survey.leader.num_hosts
         proposal = Value(lockspace.host_id, lockspace.generation, stamp(lockspace.clock.now()))
         ballot = Ballot(
-            self.area, lockspace.host_id, cur.num_hosts, cur.lver + 1, mbal, proposal, mode, accepted
+            self.area, lockspace.host_id, num_hosts, survey.next, mbal, proposal, mode, accepted
         )
         return await ballot.run(self)
 
@@ -260,10 +281,10 @@ class Resource:
         return {host_id for host_id, record in records if record.mode.shared}
 
     async def _commit(
-        self, cur: Leader, value: Value, sharers: set[int], *, short: bool
+        self, survey: _Survey, value: Value, sharers: set[int], *, short: bool
     ) -> tuple[Leader, set[int]] | None:
         """Write the chosen owner into the leader; None if it is a former life of this host."""
-        lockspace = self._lockspace
+        lockspace, cur = self._lockspace, survey.leader
         ours = value.host_id == lockspace.host_id
         flags = cur.flags
         if ours:
@@ -271,7 +292,7 @@ class Resource:
         new = replace(
             cur,
             flags=flags,
-            lver=cur.lver + 1,
+            lver=survey.next,
             owner_id=value.host_id,
             owner_generation=value.generation,
             timestamp=value.timestamp,

@@ -163,7 +163,9 @@ class DirectDisk(Disk):
     async def read(self, offset: int, length: int, timeout: float) -> bytes:
         """Exactly `length` bytes from byte `offset`, within `timeout` seconds; see Disk.read."""
         what = f"Reading {length} bytes at byte {offset} of {self._name}"
-        return await self._call(partial(self._read, offset, length), timeout, what)
+        end = trio.current_time() + timeout
+        await self._after_earlier(_Writing(offset, offset + length), end, what)
+        return await self._call(partial(self._read, offset, length), end - trio.current_time(), what)
 
     async def write(self, offset: int, data: bytes, timeout: float) -> None:
         """All of `data` to byte `offset`, stable on return, within `timeout` seconds; see Disk.write."""
@@ -183,7 +185,9 @@ class DirectDisk(Disk):
         await self._call(partial(self._write, offset, bytes(data)), end - trio.current_time(), what, ended)
 
     async def _after_earlier(self, mine: _Writing, end: float, what: str) -> None:
-        """Wait until no earlier write of any of these bytes is under way: late ones must not land last."""
+        """Wait until no earlier write of any of these bytes is under way: late ones must not land last, and
+        what was read must not become untrue by one.
+        """
         while (earlier := next((w for w in self._writing if w.overlaps(mine)), None)) is not None:
             with trio.move_on_at(end):
                 await earlier.ended.wait()

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
+from trio.testing import MockClock
 
 from lockfs.backends.fcntl import FcntlOptions
 
 from . import opponents, virtlockd_client
 from .makers import FcntlMaker
 from .opponents import Field
+
+
+def run_mock(*arguments: Any, **options: Any) -> Any:
+    """trio.run, from time 0 on a clock that stands still unless told otherwise (lease_io.pace does)."""
+    return trio.run(*arguments, **{**options, "clock": MockClock()})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the async tests of paxos leases that clock."""
+    here = Path(__file__).parent
+    for item in items:
+        is_paxos = item.path.parent == here and item.path.name.startswith("test_paxos_")
+        if is_paxos and inspect.iscoroutinefunction(getattr(item, "obj", None)):
+            item.add_marker(pytest.mark.trio(run=run_mock), append=False)
 
 
 @pytest.fixture(scope="module")

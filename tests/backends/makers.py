@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
+from trio.testing import MockClock
 
 from lockfs.backends.base import Backend, Image, Lease, Owner
 from lockfs.backends.fcntl import FcntlBackend, FcntlOptions
@@ -20,6 +21,7 @@ from lockfs.records import sectors
 from lockfs.records.geometry import MIB, geometry
 
 from .conformance import Offers
+from .lease_io import LeaseIO, pace
 
 LOCK_PATH = "/as/others/write/it"
 
@@ -140,21 +142,49 @@ class TrioClock:
         await trio.sleep(max(0.0, seconds))
 
 
+@dataclass
+class PaxosHost(StoreHost):
+    """A host of a lockspace; `scope` is its life, `io` its way to the leases."""
+
+    io: LeaseIO = field(default_factory=LeaseIO)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    @property
+    def paxos(self) -> PaxosBackend:
+        assert isinstance(self.backend, PaxosBackend)
+        return self.backend
+
+    def crash(self) -> None:
+        """Renew nothing and answer nobody from now on, as after a power cut."""
+        self.scope.cancel()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with self.scope:
+            await self.backend.run(task_status=task_status)
+
+
 class PaxosMaker:
-    """Hosts with the paxos backend on one directory, all with one layout."""
+    """Hosts with the paxos backend on one directory, all with one layout.
+
+    Under a MockClock time jumps whenever nothing happens on any of them (lease_io.pace); else it is real.
+    `changes` are a host's own options, by its number.
+    """
 
     offers = Offers()
     attempt_s = 5.0
     races = 12
 
-    def __init__(self, directory: Path, layout: LayoutKind, *, real_time: bool = False) -> None:
+    def __init__(self, directory: Path, layout: LayoutKind) -> None:
         self.directory = directory
         self.store = directory / "store"
         self.store.mkdir(exist_ok=True)
+        self.changes: dict[int, dict[str, object]] = {}
         self._layout = layout
-        self._real_time = real_time
+        self._hosts: list[PaxosHost] = []
+        self._store_fd = -1
+        self._nursery: trio.Nursery | None = None
 
-    def options(self, number: int, **changes: object) -> PaxosOptions:
+    def options(self, number: int) -> PaxosOptions:
         """Host `number`'s options; its state directory is its own, as on a machine of its own."""
         options = PaxosOptions(
             io_timeout=1, state_dir=str(self.directory / f"state{number}"), layout=self._layout
@@ -165,7 +195,7 @@ class PaxosMaker:
             leases = self.directory / "leases"
             leases.mkdir(exist_ok=True)
             options = dataclasses.replace(options, lease_area=str(leases), lock_path=LOCK_PATH)
-        return dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+        return dataclasses.replace(options, **self.changes.get(number, {}))  # type: ignore[arg-type]
 
     def link(self, old: str, new: str) -> None:
         os.link(self.store / old, self.store / new)
@@ -182,28 +212,57 @@ class PaxosMaker:
         if self._layout is LayoutKind.INDEX and not area.exists():
             make_index_area(area)
 
+    async def open(self, number: int) -> PaxosHost:
+        """Host `number`, started, but not yet running; within `hosts`, which stops it."""
+        io = LeaseIO()
+        clock = TrioClock() if isinstance(trio.lowlevel.current_clock(), MockClock) else None
+        backend = PaxosBackend(
+            self.options(number), self._store_fd, f"host{number}", store=str(self.store), clock=clock, io=io
+        )
+        host = PaxosHost(backend, owner(number), self.store, io=io)
+        self._hosts.append(host)
+        await backend.start(host.changes.append)
+        return host
+
+    async def add(self, number: int) -> PaxosHost:
+        """Host `number`, running; within `hosts`."""
+        host = await self.open(number)
+        await self.run(host)
+        return host
+
+    async def run(self, host: PaxosHost) -> None:
+        """Let a host that was opened run."""
+        assert self._nursery is not None
+        await self._nursery.start(host.run)
+
     @contextlib.asynccontextmanager
-    async def hosts(self, count: int) -> AsyncIterator[list[StoreHost]]:
+    async def hosts(self, count: int) -> AsyncIterator[list[PaxosHost]]:
         self.prepare()
-        store_fd = os.open(self.store, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        clock = None if self._real_time else TrioClock()
-        hosts: list[StoreHost] = []
+        self._store_fd = os.open(self.store, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._hosts = []
+        failure: BaseException | None = None
         try:
             async with trio.open_nursery() as nursery:
-                for number in range(count):
-                    backend = PaxosBackend(self.options(number), store_fd, f"host{number}", clock=clock)
-                    hosts.append(StoreHost(backend, owner(number), self.store))
-                    await backend.start(hosts[-1].changes.append)
-                for host in hosts:
-                    await nursery.start(host.backend.run)
-                yield hosts
+                self._nursery = nursery
+                if isinstance(trio.lowlevel.current_clock(), MockClock):
+                    nursery.start_soon(pace, lambda: [host.io for host in self._hosts])
+                try:
+                    yield [await self.add(number) for number in range(count)]
+                except BaseException as error:  # noqa: BLE001  (raised below, in no group)
+                    failure = error
+                finally:
+                    for host in self._hosts:
+                        host.io.heal()
+                        host.scope.cancel()
+                    with trio.CancelScope(shield=True):
+                        for host in self._hosts:
+                            host.close()
+                            await host.backend.stop()
                 nursery.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
         finally:
-            with trio.CancelScope(shield=True):
-                for host in hosts:
-                    host.close()
-                    await host.backend.stop()
-            os.close(store_fd)
+            os.close(self._store_fd)
 
 
 AREA_LEASES = 32

@@ -37,8 +37,6 @@ MAKERS["fcntl-each_host_another"] = lambda path: FcntlMaker(path, list(reversed(
 PAXOS_LAYOUTS = (LayoutKind.FILES, LayoutKind.INDEX, LayoutKind.LIBVIRT)
 for _layout in PAXOS_LAYOUTS:
     MAKERS[f"paxos-{_layout.value}"] = lambda path, layout=_layout: PaxosMaker(path, layout)  # type: ignore[misc]
-IDLE_S = 0.02
-"""With paxos, time jumps only if nothing has happened for so long: its I/O on threads has deadlines."""
 
 OFFERS = {"nop": NopMaker.offers}
 STRESS_ROUNDS = {
@@ -80,10 +78,7 @@ async def test_conforms(
     make: MakeMaker, check: Check, tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     """The backend does what the check says, with time that passes as fast as it is waited for."""
-    maker = make(tmp_path)
-    if isinstance(maker, PaxosMaker):
-        autojump_clock.autojump_threshold = IDLE_S
-    await check(maker)
+    await check(make(tmp_path))
 
 
 @pytest.mark.parametrize("name", sorted(STRESS_ROUNDS))

@@ -57,7 +57,7 @@ async def test_a_stuck_call_returns_at_its_deadline(
     assert disk.stuck == 1
     await times_out(disk.read(0, 512, TIMEOUT_S), read, mock_clock)
     assert disk.stuck == 2
-    assert await disk.read(512, 512, TIMEOUT_S) == sector(1)
+    assert await disk.read(1024, 512, TIMEOUT_S) == sector(2)
 
 
 # --- the buffer of a late write
@@ -154,6 +154,57 @@ async def test_a_disk_that_keeps_no_order_is_noticed(
     await disk.close()
     await all_threads_ended()
     assert lease_file.read_bytes()[512:1024] == LATE
+
+
+async def reads_what_lands_late(disk: DirectDisk, faults: FaultyIO, mock_clock: MockClock) -> None:
+    """What is read of a sector does not become untrue by a write that this program had begun before."""
+    held = faults.hold("pwritev", 512)
+    await times_out(disk.write(512, LATE, TIMEOUT_S), held, mock_clock)
+    answers: list[bytes] = []
+
+    async def read_both() -> None:
+        answers.append(await disk.read(0, 1024, LONG_S))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read_both)
+        assert await disk.read(1024, 512, LONG_S) == sector(2)  # another sector waits for nobody
+        held.let_go()
+    assert answers == [sector(0) + LATE]
+
+
+async def test_a_read_waits_for_a_late_write(
+    open_disk: OpenDisk, faults: FaultyIO, mock_clock: MockClock
+) -> None:
+    await reads_what_lands_late(await open_disk(io=faults), faults, mock_clock)
+
+
+async def test_a_read_that_does_not_wait_is_noticed(
+    open_disk: OpenDisk, faults: FaultyIO, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def at_once(self: DirectDisk, *arguments: object) -> None:
+        return
+
+    monkeypatch.setattr(DirectDisk, "_after_earlier", at_once)
+    with pytest.raises(AssertionError):
+        await reads_what_lands_late(await open_disk(io=faults), faults, mock_clock)
+
+
+async def test_a_read_waits_in_vain_for_a_write_that_never_lands(
+    open_disk: OpenDisk, faults: FaultyIO, mock_clock: MockClock
+) -> None:
+    disk = await open_disk(io=faults)
+    held = faults.hold("pwritev", 512)
+    await times_out(disk.write(512, LATE, TIMEOUT_S), held, mock_clock)
+    async with trio.open_nursery() as nursery:
+
+        async def second() -> None:
+            with pytest.raises(DiskTimeout, match="earlier write"):
+                await disk.read(512, 512, 2.0)
+
+        nursery.start_soon(second)
+        await wait_all_tasks_blocked()
+        mock_clock.jump(2.0)
+    held.let_go()
 
 
 async def test_a_write_waits_in_vain_for_one_that_never_lands(

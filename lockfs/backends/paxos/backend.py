@@ -24,31 +24,32 @@ from lockfs.backends.paxos.index import IndexLayout
 from lockfs.backends.paxos.membership import Epoch, Membership, host_of
 from lockfs.backends.paxos.opening import open_layout
 from lockfs.backends.paxos.options import PaxosOptions
-from lockfs.backends.paxos.places import Layout, Place
+from lockfs.backends.paxos.places import Layout, Place, was_removed
+from lockfs.backends.paxos.unsettled import SETTLE_S, Hand, Unsettled, let_go_of
 from lockfs.backends.requests import Requests
 from lockfs.backends.state import StateDirectory
 from lockfs.errors import BackendError, ImageBusy, SetupError
 from lockfs.paxos import requests as paxos_requests
-from lockfs.paxos.errors import EngineError, Refused
+from lockfs.paxos.errors import Refused
 from lockfs.paxos.owners import ownership
 from lockfs.paxos.resource import Hold, Resource
 from lockfs.paxos.seams import Clock
-from lockfs.records.results import RecordError, Result
+from lockfs.records.results import RecordError
 from lockfs.storage.clock import BootClock
+from lockfs.storage.rawio import RawIO
 
 STATE_THREADS = 8
 CONTEND_S = 2.0
 """How long one attempt goes on against hosts that contend for the lease, seconds; the keeper then tries
 anew.
 """
-SETTLE_S = 5.0
 SETTLE_RETRY_S = 1.0
 COUNT_S = 4.0
 """How long a report may read leases to count who holds how many, seconds."""
+ATTEMPT_S = 5.0
+"""How long an attempt may take at least once the lockspace is joined, seconds."""
 MOVED_TRIES = 8
 """How often a lease may be removed between being found and being taken."""
-_MISMATCHES = (Result.RELEASE_LVER, Result.RELEASE_OWNER)
-_REMOVED = (Result.LEADER_MAGIC, Result.LEADER_RESOURCE_NAME)
 
 _T = TypeVar("_T")
 _log = logging.getLogger("lockfs.paxos")
@@ -67,15 +68,6 @@ class PaxosLease(Lease):
         return self.epoch.in_time()
 
 
-@dataclass
-class _Unsettled:
-    """A lease that a failed or cancelled step left in need of being put in order."""
-
-    place: Place
-    resource: Resource
-    epoch: Epoch
-
-
 class PaxosBackend(Backend):
     """Leases by Disk Paxos. `run` must be running from `start` to `stop`."""
 
@@ -87,12 +79,20 @@ class PaxosBackend(Backend):
         store_fd: int,
         host: str,
         *,
+        store: str = "the store",
         clock: Clock | None = None,
         random: Random | None = None,
+        io: RawIO | None = None,
     ) -> None:
-        """`store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`."""
+        """`store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`.
+
+        `store` is its path: people read it, and host ids are kept by it. `io` reaches the lease area, the
+        kernel's by default.
+        """
+        self._io = io
         self._options = options
         self._store_fd = store_fd
+        self._store = store
         self._clock = clock or BootClock()
         self._random = random or SystemRandom()
         instance = re.sub(r"[^A-Za-z0-9-]", "_", host)[:64] + "-" + secrets.token_hex(6)
@@ -105,7 +105,7 @@ class PaxosBackend(Backend):
         )
         self._layout: Layout | None = None
         self._leases: dict[int, PaxosLease] = {}
-        self._unsettled: dict[int, _Unsettled] = {}
+        self._unsettled = Unsettled(lambda place, image: self._opened().still(place, image))
         self._called: set[int] = set()
         self._look_at_calls = trio.Event()
         self._on_change: LeaseEvent = lambda lease: None
@@ -115,7 +115,9 @@ class PaxosBackend(Backend):
     async def start(self, on_change: LeaseEvent) -> None:
         """Open the lease area, making it where that is the layout's habit; raises SetupError."""
         self._on_change = on_change
-        layout, name = await open_layout(self._options, self._store_fd, self._random)
+        layout, name = await open_layout(
+            self._options, self._store_fd, self._store, self._random, self._io
+        )
         self._layout = layout
         try:
             area = await layout.start()
@@ -138,14 +140,12 @@ class PaxosBackend(Backend):
 
     async def stop(self) -> None:
         """Settle what can be, leave the lockspace, close everything."""
-        for inode in list(self._unsettled):
-            await self._try_to_settle(inode)
+        with trio.move_on_after(SETTLE_S):  # leaving the lockspace frees what remains
+            await self._unsettled.retry()
         for lease in list(self._leases.values()):  # the keeper could not give them back
             await lease.place.close()
-        for late in self._unsettled.values():
-            await late.place.close()
         self._leases.clear()
-        self._unsettled.clear()
+        await self._unsettled.close()
         await self._membership.stop()
         await self._in_thread(self._records.clear)
         if self._layout is not None:
@@ -163,20 +163,24 @@ class PaxosBackend(Backend):
 
     async def acquire(self, image: Image, mode: Mode, owner: Owner, deadline: float) -> PaxosLease:
         """Take the lease in one attempt; see Backend.acquire. Waits for a join that is under way."""
-        if image.inode in self._leases:
-            raise BackendError(f"{image.name} is already leased by this mount.")
         epoch = await self._ready()
-        for _ in range(MOVED_TRIES):
-            place, resource = await self._resource(image, epoch, deadline)
-            if await self._take(place, resource, image, mode, epoch):
-                break
-        else:
-            raise BackendError(f"The lease of {image.name} is being removed again and again.")
-        lease = PaxosLease(image, mode, owner, epoch.state, place=place, resource=resource, epoch=epoch)
-        self._leases[image.inode] = lease
-        with trio.CancelScope(shield=True):  # whoever reads it is told no wrong name
-            await self._in_thread(self._records.write, image.inode, mode, owner, image.path)
-        return lease
+        # Whoever waited for the join still has an attempt.
+        deadline = max(deadline, trio.current_time() + ATTEMPT_S)
+        async with self._unsettled.turn(image.inode):
+            if image.inode in self._leases:
+                raise BackendError(f"{image.name} is already leased by this mount.")
+            for _ in range(MOVED_TRIES):
+                hand = await self._hand(image, epoch, deadline)
+                if await self._take(hand, image, mode):
+                    break
+            else:
+                raise BackendError(f"The lease of {image.name} is being removed again and again.")
+            place, resource = hand.place, hand.resource
+            lease = PaxosLease(image, mode, owner, epoch.state, place=place, resource=resource, epoch=epoch)
+            self._leases[image.inode] = lease
+            with trio.CancelScope(shield=True):  # whoever reads it is told no wrong name
+                await self._in_thread(self._records.write, image.inode, mode, owner, image.path)
+            return lease
 
     async def _ready(self) -> Epoch:
         epoch = await self._membership.ready()
@@ -184,66 +188,52 @@ class PaxosBackend(Backend):
             self._layout.lockspace = epoch.lockspace
         return epoch
 
-    async def _resource(self, image: Image, epoch: Epoch, deadline: float) -> tuple[Place, Resource]:
-        """The image's lease: the one that a failed step left, or as the layout finds or makes it."""
-        late = self._unsettled.pop(image.inode, None)
-        if late is not None and late.epoch is epoch:
-            return late.place, late.resource
-        if late is not None:
-            await late.place.close()
-        place = await self._opened().make(image, deadline)
-        return place, Resource(place.area, epoch.lockspace, place.name, self._random, place.hosts)
+    async def _hand(self, image: Image, epoch: Epoch, deadline: float) -> Hand:
+        """A hand on the image's lease: the one that a failed step left, or as the layout finds or makes
+        the lease.
+        """
+        hand = await self._unsettled.take_up(image.inode, epoch)
+        if hand is None:
+            place = await self._opened().make(image, deadline)
+            resource = Resource(place.area, epoch.lockspace, place.name, self._random, place.hosts)
+            hand = Hand(image, place, resource, epoch)
+        return hand
 
-    async def _take(self, place: Place, resource: Resource, image: Image, mode: Mode, epoch: Epoch) -> bool:
+    async def _take(self, hand: Hand, image: Image, mode: Mode) -> bool:
         """Acquire; False if the lease was removed in between. On failure nothing stays open or taken."""
         kept = False
         try:
             patience = self._clock.now() + CONTEND_S
-            await resource.acquire(shared=mode is Mode.SHARED, give_up_at=patience)
-            kept = await self._opened().still(place, image)
+            await hand.resource.acquire(shared=mode is Mode.SHARED, give_up_at=patience)
+            kept = await self._opened().still(hand.place, image)
             return kept
         except Refused as refusal:
-            raise await self._busy(image, place, refusal) from refusal
+            raise await self._busy(image, hand.place, refusal) from refusal
         except RecordError as error:
-            if error.result not in _REMOVED or await self._opened().still(place, image):
+            if not was_removed(error) or await self._opened().still(hand.place, image):
                 raise
             return False
         finally:
             if not kept:
-                await self._put_back(image.inode, place, resource, epoch)
-
-    async def _put_back(self, inode: int, place: Place, resource: Resource, epoch: Epoch) -> None:
-        """Give up a lease after a failure, also in a cancelled task; what does not succeed is tried later."""
-        self._unsettled[inode] = _Unsettled(place, resource, epoch)
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_S):
-            await self._try_to_settle(inode)
-
-    async def _try_to_settle(self, inode: int) -> None:
-        late = self._unsettled.get(inode)
-        if late is None:
-            return
-        try:
-            if late.resource.hold is not Hold.NONE:
-                await late.resource.release()
-            else:
-                await late.resource.settle()
-        except BackendError as error:
-            if not isinstance(error, EngineError) or error.result not in _MISMATCHES:
-                _log.debug("lease of inode %d: not settled yet: %s", inode, error)
-                return
-        if self._unsettled.get(inode) is late:
-            del self._unsettled[inode]
-        await late.place.close()
+                await self._unsettled.put_back(image.inode, hand)
 
     async def _settle_late(self) -> None:
+        """Try again, for as long as it takes, what failed steps could not put in order."""
         while True:
             await trio.sleep(SETTLE_RETRY_S)
-            for inode in list(self._unsettled):
-                await self._try_to_settle(inode)
+            await self._unsettled.retry()
+            for inode, lease in list(self._leases.items()):
+                if lease.resource.unsettled:
+                    async with self._unsettled.turn(inode):
+                        await self._settle_shared(lease.resource)
+            await self._opened().settle()
 
     async def _busy(self, image: Image, place: Place, refusal: Refused) -> ImageBusy:
-        found = await self._holders().of(image, place)
-        names = ", ".join(str(holder) for holder in found) or "another host, which let go meanwhile"
+        try:
+            found = await self._holders().of(image, place)
+            names = ", ".join(str(holder) for holder in found) or "another host, which let go meanwhile"
+        except BackendError as error:  # that it is held is certain all the same
+            names = f"another host, of which nothing could be read: {str(error).rstrip('.')}"
         sentence = f"{image.name} is held by {names}"
         if refusal.free_at is not None:
             left = max(0.0, refusal.free_at - self._clock.now())
@@ -253,8 +243,11 @@ class PaxosBackend(Backend):
     async def convert(self, lease: Lease, mode: Mode, deadline: float) -> None:
         """Change the mode; see Backend.convert. A lease that could not wholly be weakened is SHARED."""
         held = _ours(lease)
-        if held.mode is mode:
-            return
+        async with self._unsettled.turn(held.image.inode):
+            if held.mode is not mode:
+                await self._convert(held, mode)
+
+    async def _convert(self, held: PaxosLease, mode: Mode) -> None:
         old, resource = held.mode, held.resource
         try:
             patience = self._clock.now() + CONTEND_S
@@ -272,7 +265,8 @@ class PaxosBackend(Backend):
             await self._in_thread(self._records.remove, image.inode, old)
 
     async def _settle_shared(self, resource: Resource) -> None:
-        if not resource.unsettled:
+        """Put in order what a conversion left; a lease whose release failed is its releaser's business."""
+        if not resource.unsettled or resource.hold is not Hold.SHARED:
             return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_S):
             try:
@@ -283,19 +277,24 @@ class PaxosBackend(Backend):
     # Giving back
 
     async def release(self, lease: Lease) -> None:
-        """Give the lease back; see Backend.release. Repeated after a failure, it goes on."""
+        """Give the lease back; see Backend.release. Repeated after a failure, it goes on.
+
+        In doubt it fails: whether the lease is void, or must be given back, is not known before the doubt
+        ends.
+        """
         held = _ours(lease)
-        if held.state is LeaseState.RELEASED:
-            return
         inode = held.image.inode
-        await self._in_thread(self._records.remove, inode, held.mode)
+        async with self._unsettled.turn(inode):
+            if held.state is not LeaseState.RELEASED:
+                await self._in_thread(self._records.remove, inode, held.mode)
+                await self._release(held, inode)
+
+    async def _release(self, held: PaxosLease, inode: int) -> None:
         try:
-            if held.resource.hold is Hold.NONE:
-                await held.resource.settle()
-            else:
-                await held.resource.release()
-        except EngineError as error:
-            if error.result not in _MISMATCHES:
+            await held.resource.release()
+            await held.resource.settle()  # also where a former release, or this one in doubt, has not ended
+        except BackendError as error:
+            if not let_go_of(error):
                 raise
             _log.error("%s: its lease was not as this host had left it: %s", held.image.name, error)
         held.state = LeaseState.RELEASED
@@ -310,13 +309,18 @@ class PaxosBackend(Backend):
         lease = self._leases.get(image.inode)
         if lease is not None:
             return await self._holders().of(image, lease.place)
-        place = await self._opened().find(image)
-        if place is None:
-            return []
-        try:
-            return await self._holders().of(image, place)
-        finally:
-            await place.close()
+        for _ in range(MOVED_TRIES):
+            place = await self._opened().find(image)
+            if place is None:
+                return []
+            try:
+                return await self._holders().of(image, place)
+            except RecordError as error:
+                if not was_removed(error) or await self._opened().still(place, image):
+                    raise
+            finally:
+                await place.close()
+        return []
 
     def _holders(self) -> Holders:
         return Holders(self._membership.epoch, self._records, self._in_thread)
@@ -356,6 +360,8 @@ class PaxosBackend(Backend):
                     continue
                 try:
                     found = await ownership(place.area, epoch.lockspace.name, place.name)
+                except RecordError:  # removed meanwhile, or damaged: `lockfsctl dump` tells
+                    continue
                 finally:
                     with trio.CancelScope(shield=True):
                         await place.close()
@@ -400,7 +406,7 @@ class PaxosBackend(Backend):
                 if leader is None or lease.state is not LeaseState.HELD:
                     continue
                 try:
-                    request = await paxos_requests.read_request(lease.place.area)
+                    request = await paxos_requests.read_request(lease.resource.area)
                 except BackendError as error:
                     _log.warning("a request for %s could not be read: %s", lease.image.name, error)
                     continue
@@ -419,32 +425,43 @@ class PaxosBackend(Backend):
         epoch = await self._ready()
         removed: list[int] = []
         for inode in await self._opened().listing():
-            if inode in self._leases or inode in self._unsettled or not gone(inode):
+            if not gone(inode):
                 continue
             if trio.current_time() >= deadline:
                 return removed, False
-            if await self._collect(Image(inode, b"inode %d" % inode, -1), epoch):
-                removed.append(inode)
+            async with self._unsettled.turn(inode):
+                if await self._collect(Image(inode, b"inode %d" % inode, -1), epoch):
+                    removed.append(inode)
         return removed, True
 
     async def _collect(self, image: Image, epoch: Epoch) -> bool:
-        """Remove one lease while holding it; False if it is held, or was removed by another."""
+        """Remove one lease while holding it; False if it is held, damaged, or was removed by another."""
+        if image.inode in self._leases or image.inode in self._unsettled:
+            return False
         place = await self._opened().find(image)
         if place is None:
             return False
         resource = Resource(place.area, epoch.lockspace, place.name, self._random, place.hosts)
+        hand = Hand(image, place, resource, epoch)
         try:
             await resource.acquire()
             if not await self._opened().still(place, image):
                 return False
+            epoch.lockspace.require()  # a name that we no longer hold may be another's by now
+            hand.removing = True
             with trio.CancelScope(shield=True):
                 await self._opened().remove(place, image)
+                hand.removing = False
                 resource.forget()
             return True
         except Refused:
             return False
+        except RecordError as error:
+            if not was_removed(error) or await self._opened().still(place, image):
+                _log.warning("the lease of %s is left alone: %s", image.name, error)
+            return False
         finally:
-            await self._put_back(image.inode, place, resource, epoch)
+            await self._unsettled.put_back(image.inode, hand)
 
     def _opened(self) -> Layout:
         if self._layout is None:

@@ -6,10 +6,11 @@ at all, and one of them wins.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import trio
@@ -17,16 +18,18 @@ import trio
 from lockfs.backends.base import Image
 from lockfs.backends.paxos.directory import Directory
 from lockfs.backends.paxos.options import PaxosOptions
-from lockfs.backends.paxos.places import BUSY_LOOK_S, HOSTS_DEFAULT, Layout, Place
+from lockfs.backends.paxos.places import BUSY_LOOK_S, HOSTS_DEFAULT, START_S, Layout, Place
 from lockfs.errors import BackendError, SetupError
 from lockfs.paxos.area import PROBE_BYTES, Area
 from lockfs.paxos.lockspace import find_lockspace
+from lockfs.paxos.seams import DiskError
 from lockfs.records import sectors
 from lockfs.records.geometry import GEOMETRIES, MIB, Geometry, geometry
 from lockfs.records.results import RecordError, Result
 from lockfs.storage.buffers import Buffers
 from lockfs.storage.disk import PLACES, RENEWAL_PLACES, Crew, DirectDisk
 from lockfs.storage.opening import StorageMissing
+from lockfs.storage.rawio import RawIO
 from lockfs.storage.workers import Workers
 
 OWN_LOCKSPACE = b"lockspace"
@@ -111,6 +114,11 @@ def check_geometry(options: PaxosOptions, found: Geometry, where: str) -> None:
     ):
         if told not in (None, has):
             raise SetupError(f"{option}= does not fit: {where} has {found}; leave the option out.")
+    if options.host_id is not None and options.host_id > found.hosts_max:
+        raise SetupError(
+            f"host_id={options.host_id} does not fit: {where} is for host ids up to {found.hosts_max}; "
+            "give one of these, or leave the option out."
+        )
 
 
 def unusable(what: str, error: BackendError, unprepared: str = "") -> str:
@@ -127,10 +135,19 @@ def unusable(what: str, error: BackendError, unprepared: str = "") -> str:
 class FileLayout(Layout):
     """Lockspace and leases as files of one directory."""
 
-    def __init__(
-        self, directory: Directory, name: str, options: PaxosOptions, lockspace: bytes, naming: Naming
+    def __init__(  # noqa: PLR0917  (what a directory of leases is)
+        self,
+        directory: Directory,
+        name: str,
+        options: PaxosOptions,
+        lockspace: bytes,
+        naming: Naming,
+        io: RawIO | None = None,
     ) -> None:
-        """The directory is taken over; `name` is its path, for people."""
+        """The directory is taken over; `name` is its path, for people. `io` reaches the files, the kernel's
+        by default.
+        """
+        self._io = io
         self._directory = directory
         self._name = name
         self._options = options
@@ -146,20 +163,20 @@ class FileLayout(Layout):
         file = self._naming.lockspace_file
         if not await self._in_thread(self._directory.there, file):
             await self._make_lockspace(file)
-        self._lockspace_disk = disk = await self._open(file, renewals=True)
+        self._lockspace_disk = disk = await self._open(file, START_S, renewals=True)
         try:
-            found = Area(disk, 0, GEOMETRIES[0], self._options.io_timeout)
+            found = Area(disk, 0, GEOMETRIES[0], max(START_S, self._options.io_timeout))
             area, _ = await find_lockspace(found, self._lockspace)
         except BackendError as error:
             raise SetupError(unusable(f"The lockspace in {self._name} cannot be used", error)) from error
         check_geometry(self._options, area.shape, self._name)
         self._shape = area.shape
-        return area
+        return replace(area, timeout=self._options.io_timeout)
 
     async def _make_lockspace(self, file: bytes) -> None:
         probe = await self._in_thread(self._directory.passing, b"", PROBE_BYTES)
         try:
-            disk = await self._open(probe)
+            disk = await self._open(probe, START_S)
             await disk.close()
         finally:
             await self._in_thread(self._directory.unlink, probe)
@@ -167,8 +184,11 @@ class FileLayout(Layout):
         whole = sectors.new_lockspace(shape, self._lockspace, self._options.io_timeout)
         await self._in_thread(self._directory.publish, file, whole, shape.area_size)
 
-    async def _open(self, file: bytes, *, renewals: bool = False) -> DirectDisk:
-        """Open a file: with the threads that all leases share, or for renewals with its own."""
+    async def _open(self, file: bytes, at_least: float = 0.0, *, renewals: bool = False) -> DirectDisk:
+        """Open a file: with the threads that all leases share, or for renewals with its own.
+
+        That may take an io_timeout, or `at_least` seconds if they are longer.
+        """
         if self._crew is None:
             self._crew = Crew(Workers("leases", PLACES), Buffers())
         path = os.fsdecode(file)
@@ -177,7 +197,8 @@ class FileLayout(Layout):
             name=f"{self._name}/{path}",
             directory=self._directory.descriptor,
             places=RENEWAL_PLACES,
-            timeout=self._options.io_timeout,
+            timeout=max(at_least, self._options.io_timeout),
+            io=self._io,
             crew=None if renewals else self._crew,
         )
 
@@ -203,20 +224,28 @@ class FileLayout(Layout):
         name = self._naming.resource(image)
         while True:
             place = await self.find(image)
-            if place is None:
-                leader = sectors.new_leader(self._shape, self._lockspace, name, self._hosts())
-                used = sectors.resource_prefix(leader)
-                await self._in_thread(self._directory.publish, name, used, self._shape.area_size)
-            elif await self._is_made(place) or trio.current_time() >= deadline:
-                return place
-            else:
+            if place is not None:
+                if await self._is_made(place) or trio.current_time() >= deadline:
+                    return place
                 await place.close()
                 await trio.sleep(BUSY_LOOK_S)
+            elif trio.current_time() < deadline:
+                leader = sectors.new_leader(self._shape, self._lockspace, name, self._hosts())
+                used = sectors.resource_prefix(leader)
+                if not await self._in_thread(self._directory.publish, name, used, self._shape.area_size):
+                    await trio.sleep(BUSY_LOOK_S)  # a name that was not there a moment ago
+            else:
+                raise BackendError(f"The lease of {image.name} in {self._name} could not be made in time.")
 
     async def _is_made(self, place: Place) -> bool:
         """Whether the file has a magic number: libvirt makes a file first and fills it then."""
         try:
             leader = sectors.decode_leader(await place.area.read(sectors.LEADER_SECTOR))
+        except DiskError as error:
+            if error.number == errno.EMSGSIZE:
+                return False
+            await place.close()
+            raise
         except BaseException:
             await place.close()
             raise

@@ -31,11 +31,15 @@ class HostIds:
         self._warned = False
 
     def candidates(self, free: list[int], random: Random) -> list[int]:
-        """The free ids in the order in which to try them: kept ones first, then chance."""
-        kept = [host_id for host_id in self._kept() if host_id in free]
+        """The free ids in the order in which to try them: kept ones first, then chance.
+
+        If none is free, the kept ones: an id that this machine did not leave, because it crashed or lost the
+        storage, comes back to nobody but who waits it out.
+        """
+        kept = self._kept()
         low = [host_id for host_id in free if host_id not in kept][:CHOICE]
         random.shuffle(low)
-        return kept + low
+        return [host_id for host_id in kept if host_id in free] + low or kept
 
     def _kept(self) -> list[int]:
         try:

@@ -3,10 +3,14 @@
 The lockspace lies at the start, the index behind it, then the index's own lease, then the resources (section
 18 of the format). The index is changed only by whoever holds its lease; a look-up needs no lease, for an
 entry is written after its resource and cleared before it.
+
+Invariant: the index's lease is not given back while a write of ours, to the index or to a free slot, may
+still land. Behind the back of the next one who changes the index it would empty a lease that is held.
 """
 
 from __future__ import annotations
 
+import logging
 from random import Random
 
 import trio
@@ -24,18 +28,32 @@ from lockfs.records import sectors
 from lockfs.records.geometry import GEOMETRIES
 from lockfs.records.sectors import IndexEntry, IndexHeader
 from lockfs.storage.disk import RENEWAL_PLACES, DirectDisk
+from lockfs.storage.rawio import RawIO
 
 AREA_WRITE_S = 60.0
 """How long writing one whole area may take, seconds; as sanlock has it."""
 SETTLE_S = 5.0
+"""How long giving the index's lease back may take before that is left for later, seconds."""
+CONTEND_S = 1.0
+"""How long one attempt at the index's lease goes on against hosts that contend for it, seconds."""
 _NAME = b"i%016x"
+
+_log = logging.getLogger("lockfs.paxos")
 
 
 class IndexLayout(Layout):
     """Lockspace, index and leases in one file or device."""
 
-    def __init__(self, path: str, options: PaxosOptions, lockspace: bytes | None, random: Random) -> None:
-        """`lockspace` None: whichever lies there."""
+    def __init__(
+        self,
+        path: str,
+        options: PaxosOptions,
+        lockspace: bytes | None,
+        random: Random,
+        io: RawIO | None = None,
+    ) -> None:
+        """`lockspace` None: whichever lies there. `io` reaches the area, the kernel's by default."""
+        self._io = io
         self._path = path
         self._options = options
         self._name = lockspace
@@ -45,6 +63,9 @@ class IndexLayout(Layout):
         self._index: Area | None = None
         self._slots: dict[bytes, int] = {}
         self._changing = trio.Lock()
+        self._guard: Resource | None = None
+        self._guarded: Lockspace | None = None
+        self._under_way: set[int] = set()
         self.lockspace: Lockspace | None = None
 
     @property
@@ -55,8 +76,8 @@ class IndexLayout(Layout):
     async def start(self) -> Area:
         """Open the area and check its index; see Layout.start. Nothing is made: that is `lockfsctl init`."""
         timeout = self._options.io_timeout
-        self._renewals = await DirectDisk.open(self._path, places=RENEWAL_PLACES)
-        self._disk = await DirectDisk.open(self._path)
+        self._renewals = await DirectDisk.open(self._path, places=RENEWAL_PLACES, io=self._io)
+        self._disk = await DirectDisk.open(self._path, io=self._io)
         try:
             found = Area(self._renewals, 0, GEOMETRIES[0], timeout)
             area, first = await find_lockspace(found, self._name)
@@ -112,41 +133,73 @@ class IndexLayout(Layout):
         if place is not None:
             return place
         async with self._changing:
-            lease = await self._lock_index(deadline)
+            await self._lock_index(deadline)
             try:
                 if await self._look_up(name) is None:
                     self._slots[name] = await self._add(name)
             finally:
-                await self._unlock(lease)
+                await self._unlock_index()
         return self._place(name)
 
-    async def _lock_index(self, deadline: float) -> Resource:
+    async def _lock_index(self, deadline: float) -> None:
         """Hold the index's own lease; raises BackendError if that takes longer than the deadline."""
-        index, lockspace = self._started(), self.lockspace
+        lockspace = self.lockspace
         if lockspace is None:
             raise BackendError(f"The lockspace of {self._path} is not joined.")
-        area = Area(index.disk, index.offset + index.shape.area_size, index.shape, index.timeout)
-        lease = Resource(area, lockspace, sectors.INDEX_LEASE_NAME, self._random)
+        guard = self._guard_in(lockspace)
+        await self._unlock_index()
+        if guard.hold is not Hold.NONE:
+            raise BackendError(f"The index of {self._path} cannot be changed: a former change has not ended.")
         while True:
             try:
-                await lease.acquire(give_up_at=lockspace.clock.now() + 1.0)
-                return lease
+                await guard.acquire(give_up_at=lockspace.clock.now() + CONTEND_S)
+                return
             except Refused as refusal:
-                await self._unlock(lease)
+                await self._unlock_index()
                 if trio.current_time() >= deadline:
                     raise BackendError(f"The index of {self._path} is being changed: {refusal}") from refusal
                 await trio.sleep(BUSY_LOOK_S * (0.5 + self._random.random()))
             except BaseException:
-                await self._unlock(lease)
+                await self._unlock_index()
                 raise
 
-    async def _unlock(self, lease: Resource) -> None:
-        """Give the index's lease back, also in a cancelled task."""
+    def _guard_in(self, lockspace: Lockspace) -> Resource:
+        """The index's lease; one of a former membership is void."""
+        index = self._started()
+        if self._guard is None or self._guarded is not lockspace:
+            area = Area(index.disk, index.offset + index.shape.area_size, index.shape, index.timeout)
+            self._guard = Resource(area, lockspace, sectors.INDEX_LEASE_NAME, self._random)
+            self._guarded = lockspace
+        return self._guard
+
+    async def _unlock_index(self) -> None:
+        """Give the index's lease back, also in a cancelled task; what does not succeed is tried later."""
+        guard = self._guard
+        if guard is None:
+            return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + SETTLE_S):
-            if lease.hold is Hold.NONE:
-                await lease.settle()
-            else:
-                await lease.release()
+            try:
+                for offset in sorted(self._under_way):
+                    await self._wait_for_write(offset)
+                await guard.release()
+                await guard.settle()
+            except BackendError as error:
+                _log.debug("the index of %s is not given back yet: %s", self._path, error)
+
+    async def _wait_for_write(self, offset: int) -> None:
+        """Be sure that the write to `offset` that failed or was cancelled has landed or never will."""
+        index = self._started()
+        await index.disk.read(offset, index.shape.sector_size, index.timeout)
+        self._under_way.discard(offset)
+
+    async def settle(self) -> None:
+        """Give back the index's lease if that failed before; see Layout.settle."""
+        guard = self._guard
+        if guard is None or self._changing.locked():
+            return
+        if self._under_way or guard.unsettled or guard.hold is not Hold.NONE:
+            async with self._changing:
+                await self._unlock_index()
 
     async def _add(self, name: bytes) -> int:
         """Take the first free entry, the caller having the index's lease; returns the resource's offset."""
@@ -157,7 +210,7 @@ class IndexLayout(Layout):
             raise BackendError(f"All {len(entries)} leases of {self._path} are taken; run `lockfsctl gc`.")
         offset = sectors.entry_area(number, index.shape, index.offset)
         leader = sectors.new_leader(index.shape, self.name, name, self._hosts())
-        await index.disk.write(offset, sectors.new_resource(leader), AREA_WRITE_S)
+        await self._write(offset, sectors.new_resource(leader), AREA_WRITE_S)
         await self._write_entry(number, IndexEntry(offset, 0, sectors.name_field(name)))
         return offset
 
@@ -172,7 +225,18 @@ class IndexLayout(Layout):
         sector, at = sectors.entry_place(number, index.shape.sector_size)
         old = await index.read(sector)
         packed = entry.encode()
-        await index.write(sector, old[:at] + packed + old[at + len(packed) :])
+        changed = old[:at] + packed + old[at + len(packed) :]
+        await self._write(index.offset + sector * index.shape.sector_size, changed, index.timeout)
+
+    async def _write(self, offset: int, data: bytes, timeout: float) -> None:
+        """Write to byte `offset` of the device, for as long as the index's lease is certainly ours."""
+        lockspace = self.lockspace
+        if lockspace is None or lockspace is not self._guarded:
+            raise BackendError(f"The index of {self._path} is no longer this host's to change.")
+        lockspace.require()
+        self._under_way.add(offset)
+        await self._started().disk.write(offset, data, timeout)
+        self._under_way.discard(offset)
 
     async def still(self, place: Place, image: Image) -> bool:
         """Whether the index still has the lease at this place; see Layout.still."""
@@ -181,14 +245,14 @@ class IndexLayout(Layout):
     async def remove(self, place: Place, image: Image) -> None:
         """Clear the entry, then mark the lease as removed; see Layout.remove."""
         async with self._changing:
-            lease = await self._lock_index(trio.current_time() + SETTLE_S)
+            await self._lock_index(trio.current_time() + SETTLE_S)
             try:
                 entries = await self._entries()
                 for number, entry in enumerate(entries):
                     if (entry.offset, entry.name) == (place.area.offset, place.name):
                         await self._clear(number, place)
             finally:
-                await self._unlock(lease)
+                await self._unlock_index()
 
     async def _clear(self, number: int, place: Place) -> None:
         """Whoever still knows the place finds the mark there, and whoever looks it up finds nothing."""
@@ -196,7 +260,8 @@ class IndexLayout(Layout):
         self._slots.pop(place.name, None)
         now = self.lockspace.clock.now() if self.lockspace is not None else 0.0
         mark = sectors.new_leader(place.area.shape, self.name, place.name, cleared_at=stamp(now))
-        await place.area.write(sectors.LEADER_SECTOR, sectors.encode_leader(mark))
+        sector = place.area.offset + sectors.LEADER_SECTOR * place.area.shape.sector_size
+        await self._write(sector, sectors.encode_leader(mark), place.area.timeout)
 
     async def listing(self) -> list[int]:
         """Inode numbers by the entries' names; see Layout.listing."""

@@ -20,8 +20,8 @@ from lockfs.backends.paxos.options import PaxosOptions
 from lockfs.backends.paxos.places import HOSTS_DEFAULT
 from lockfs.errors import BackendError, LockfsError
 from lockfs.paxos.area import Area
-from lockfs.paxos.errors import IdInUse, LockspaceFailed
-from lockfs.paxos.lockspace import Lockspace, Standing, free_ids, survey
+from lockfs.paxos.errors import IdInUse
+from lockfs.paxos.lockspace import Lockspace, Standing, find_lockspace, free_ids, survey
 from lockfs.paxos.seams import Clock
 from lockfs.records import sectors
 from lockfs.records.sectors import NAME_BYTES
@@ -55,7 +55,8 @@ class Epoch:
 
     def in_time(self) -> bool:
         """Whether a write may be started now; asked from any thread, for every write."""
-        return self.lockspace.clock.now() < self.lockspace.write_until
+        lockspace = self.lockspace
+        return not lockspace.why_lost and lockspace.clock.now() < lockspace.write_until
 
 
 def unique_name(host: str) -> bytes:
@@ -105,6 +106,7 @@ class Membership:
         self._ids: HostIds | None = None
         self._ready = trio.Event()
         self._trouble: LockfsError | None = None
+        self._joined = False
         self.epoch: Epoch | None = None
 
     def start(self, area: Area, name: bytes) -> None:
@@ -129,8 +131,8 @@ class Membership:
         return self.epoch
 
     def _not_joined(self) -> BackendError:
-        reason = f": {self._trouble}" if self._trouble is not None else ""
-        return BackendError(f"Lockspace {sectors.shown(self._name)} is not joined{reason}")
+        reason = f": {str(self._trouble).rstrip('.')}" if self._trouble is not None else ""
+        return BackendError(f"Lockspace {sectors.shown(self._name)} is not joined{reason}.")
 
     @property
     def trouble(self) -> str:
@@ -152,7 +154,7 @@ class Membership:
 
     def _end(self, epoch: Epoch) -> None:
         if self._ids is not None:
-            self._ids.let_go(epoch.lockspace.host_id, keep=False)
+            self._ids.let_go(epoch.lockspace.host_id, keep=True)
 
     async def _join(self) -> Epoch:
         while True:
@@ -160,13 +162,16 @@ class Membership:
                 lockspace = await self._attempt()
             except (BackendError, LockfsError) as error:
                 if str(error) != str(self._trouble):
-                    _log.error("lockspace %s cannot be joined: %s", sectors.shown(self._name), error)
+                    # Where the mount command waits, it is the one to tell.
+                    level = logging.INFO if self._options.join_wait and not self._joined else logging.ERROR
+                    _log.log(level, "lockspace %s cannot be joined: %s", sectors.shown(self._name), error)
                 self._trouble = error
                 self._wake()
                 await trio.sleep(REJOIN_S)
                 continue
             epoch = Epoch(lockspace)
             self._trouble = None
+            self._joined = True
             self.epoch = epoch
             await self._first_pass(epoch)
             _log.info(
@@ -198,7 +203,14 @@ class Membership:
             raise BackendError("the lease area is not open")
         if self._options.host_id is not None:
             lockspace = self._lockspace(area, self._options.host_id)
-            await self._enter(lockspace)
+            try:
+                await self._enter(lockspace)
+            except IdInUse as error:
+                name = error.host_name.decode("utf-8", "backslashreplace")
+                raise BackendError(
+                    f"host id {lockspace.host_id} is in use by host {host_of(name)}; "
+                    "give another with host_id=, or leave it out"
+                ) from error
             return lockspace
         for host_id in await self._candidates(area, ids):
             if not await trio.to_thread.run_sync(ids.hold, host_id):
@@ -219,7 +231,10 @@ class Membership:
     async def _candidates(self, area: Area, ids: HostIds) -> list[int]:
         most = min(HOSTS_DEFAULT, area.shape.hosts_max)
         free = free_ids(await survey(area), self._name, most)
-        return await trio.to_thread.run_sync(ids.candidates, free, self._random)
+        if not free:
+            await find_lockspace(area, self._name)  # if it is none any more, that is what to tell
+        wanted = await trio.to_thread.run_sync(ids.candidates, free, self._random)
+        return [host_id for host_id in wanted if 0 < host_id <= most]
 
     def _lockspace(self, area: Area, host_id: int) -> Lockspace:
         return Lockspace(
@@ -253,13 +268,12 @@ class Membership:
         failing = False
         while lockspace.standing() is not Standing.LOST:
             await trio.sleep(max(0.0, lockspace.renewal_due - self._clock.now()))
-            late = not epoch.in_time()
+            until = lockspace.write_until
             try:
                 await lockspace.renew()
-            except LockspaceFailed as error:
-                _log.error("%s", error)
-                break
             except BackendError as error:
+                if lockspace.why_lost:
+                    break
                 if not failing:
                     _log.warning("lockspace %s could not be renewed: %s", sectors.shown(self._name), error)
                 failing = True
@@ -268,7 +282,8 @@ class Membership:
             if failing and lockspace.standing() is Standing.GOOD:
                 _log.info("lockspace %s is renewed again", sectors.shown(self._name))
             failing = False
-            if late:  # gates have said no meanwhile, whether or not anybody had looked at the standing
+            if self._clock.now() >= until:
+                # Gates have said no meanwhile, whether or not anybody had looked at the standing.
                 self._tell(epoch, LeaseState.DOUBT)
             self._look(epoch)
             self._passed(epoch)

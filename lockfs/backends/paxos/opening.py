@@ -17,13 +17,18 @@ from lockfs.backends.paxos.places import Layout
 from lockfs.backends.state import STATE_DIR
 from lockfs.errors import SetupError
 from lockfs.linux import calls
+from lockfs.storage.rawio import RawIO
 
 LEASES = b"leases"
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
-async def open_layout(options: PaxosOptions, store_fd: int, random: Random) -> tuple[Layout, bytes]:
+async def open_layout(
+    options: PaxosOptions, store_fd: int, store: str, random: Random, io: RawIO | None = None
+) -> tuple[Layout, bytes]:
     """The layout that the options mean, not started, and the lockspace's name (of an index: as given).
+
+    `store` is the store's path on this machine; `io` reaches the lease area, the kernel's by default.
 
     Raises:
         SetupError: the area is not there, or is not what the layout needs.
@@ -31,14 +36,14 @@ async def open_layout(options: PaxosOptions, store_fd: int, random: Random) -> t
     given = options.lockspace.encode() if options.lockspace is not None else None
     kind = await trio.to_thread.run_sync(_kind, options)
     if kind is LayoutKind.INDEX:
-        return IndexLayout(str(options.lease_area), options, given, random), given or b""
-    directory, name = await trio.to_thread.run_sync(_open_directory, options, store_fd)
+        return IndexLayout(str(options.lease_area), options, given, random, io), given or b""
+    directory, name = await trio.to_thread.run_sync(_open_directory, options, store_fd, store)
     if kind is LayoutKind.LIBVIRT:
         lockspace = given or LIBVIRT_LOCKSPACE.encode()
         naming = libvirt_naming(lockspace, options.lock_path or "")
     else:
         lockspace, naming = given or LOCKSPACE_DEFAULT.encode(), own_naming()
-    return FileLayout(Directory(directory), name, options, lockspace, naming), lockspace
+    return FileLayout(Directory(directory), name, options, lockspace, naming, io), lockspace
 
 
 def _kind(options: PaxosOptions) -> LayoutKind:
@@ -64,14 +69,13 @@ def _kind(options: PaxosOptions) -> LayoutKind:
     return kind
 
 
-def _open_directory(options: PaxosOptions, store_fd: int) -> tuple[int, str]:
+def _open_directory(options: PaxosOptions, store_fd: int, store: str) -> tuple[int, str]:
     """The directory of the leases, made if it is the store's own, and its name for people."""
     name = options.lease_area
     try:
         if name is not None:
             return os.open(name, _DIRECTORY), name
-        # The whole path: messages show it, and host ids are kept by it, so each store must have its own.
-        name = os.path.join(os.readlink(f"/proc/self/fd/{store_fd}"), os.fsdecode(STATE_DIR + b"/" + LEASES))
+        name = f"{store}/{STATE_DIR.decode()}/{LEASES.decode()}"
         resolve = calls.RESOLVE_NO_SYMLINKS | calls.RESOLVE_BENEATH
         with contextlib.suppress(FileExistsError):
             os.mkdir(STATE_DIR, 0o700, dir_fd=store_fd)

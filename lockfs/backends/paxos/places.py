@@ -6,12 +6,18 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from lockfs.backends.base import Image
+from lockfs.errors import BackendError
 from lockfs.paxos.area import Area
+from lockfs.records.results import RecordError, Result
 from lockfs.storage.disk import DirectDisk
 
 HOSTS_DEFAULT = 250
 """For how many hosts leases and lockspaces are made that lockfs makes by itself: a ballot then reads 126 KiB
 and not 1 MiB. A host with a higher id cannot use such a lease."""
+START_S = 10.0
+"""How long opening a lockspace, and the first reading of it, may take at least, seconds: nothing but the mounting
+waits for them, so a busy storage need not keep the mount away.
+"""
 BUSY_LOOK_S = 0.2
 """How often something is looked at that another host is just making, seconds."""
 
@@ -60,12 +66,25 @@ class Layout(ABC):
 
     @abstractmethod
     async def remove(self, place: Place, image: Image) -> None:
-        """Remove a lease that the caller holds exclusively, and forgets instead of releasing it."""
+        """Remove a lease that the caller holds exclusively, and forgets instead of releasing it. After a
+        failure `still` tells whether it was removed, when it answers.
+        """
 
     @abstractmethod
     async def listing(self) -> list[int]:
         """The inode numbers of all images that have a lease here."""
 
+    async def settle(self) -> None:  # noqa: B027  (optional)
+        """Put in order what a failed step left; called now and then, and raises nothing."""
+
     @abstractmethod
     async def stop(self) -> None:
         """Close everything."""
+
+
+_REMOVED = (Result.LEADER_MAGIC, Result.LEADER_RESOURCE_NAME)
+
+
+def was_removed(error: BackendError) -> bool:
+    """Whether it says that no lease of the name is at the place (any more)."""
+    return isinstance(error, RecordError) and error.result in _REMOVED

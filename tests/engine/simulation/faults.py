@@ -65,6 +65,8 @@ class Faults:
     torn: float
     shared: float
     frozen: bool
+    collide: bool
+    """All hosts want the same id at first."""
 
     @classmethod
     def draw(cls, random: Random) -> Faults:
@@ -84,10 +86,11 @@ class Faults:
             slow=random.choice((0.0, 0.02, 0.15)),
             late=random.choice((0.0, 0.002, 0.02)),
             error=random.choice((0.0, 0.002, 0.02)),
-            cancel=random.choice((0.0, 0.02, 0.1)),
+            cancel=random.choice((0.0, 0.05, 0.3)),
             torn=random.choice((0.0, 0.3, 0.6)),
             shared=random.choice((0.0, 0.3, 0.7)),
             frozen=random.randrange(FROZEN_SEEDS) == 0,
+            collide=random.random() < 0.25,
         )
 
     @property

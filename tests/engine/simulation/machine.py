@@ -41,6 +41,7 @@ class Machine:
         self.scheduler = scheduler
         self.number = number
         self.io_timeout = io_timeout
+        self.longest_pause = 0.0
         self.clock = DriftingClock(scheduler)
         self.tasks: list[Task] = []
         self._running: Task | None = None
@@ -103,6 +104,11 @@ class Machine:
         self._paused_at = self.scheduler.now
         self._suspended, self.frozen = suspended, frozen
         self.scheduler.at(self.paused_until, self._go_on)
+
+    def freeze(self) -> None:
+        """Stand still right now, with all I/O, and long enough that others may take over."""
+        self.scheduler.note(f"host {self.number} freezes")
+        self.pause(self.scheduler.random.uniform(0.2, 1.6) * self.longest_pause, suspended=False, frozen=True)
 
     def _go_on(self) -> None:
         if self.paused:

@@ -10,7 +10,7 @@ from lockfs.errors import BackendError
 from lockfs.paxos.area import Area
 from lockfs.paxos.errors import LockspaceFailed
 from lockfs.paxos.lockspace import Lockspace, Standing, free_ids, survey
-from lockfs.paxos.resource import Hold, Resource
+from lockfs.paxos.resource import Hold
 from lockfs.paxos.timing import Timing
 from lockfs.records.geometry import FILE_GEOMETRY
 from lockfs.records.results import RecordError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SPACE = b"simulation"
 RETRY_S = 0.5
 POLL_S = 0.1
+PAUSES_WHILE_JOINING = 0.2
 
 
 def lease_name(lease: int) -> bytes:
@@ -114,12 +115,15 @@ class Program:
         try:
             if not self._host_id:
                 ids = free_ids(await survey(area), SPACE, HOST_IDS)
-                self._host_id = self.random.choice(ids) if ids else self.random.randint(1, HOST_IDS)
+                self._host_id = self._chosen(ids)
             name = b"host-%d.%d" % (machine.number, self.world.numbered())
             timing = Timing(machine.io_timeout, self.world.faults.watchdog)
             lockspace = self.world.lockspace_class(
                 area, SPACE, self._host_id, name, clock=self.clock, timing=timing
             )
+            if not self.world.quiet and self.random.random() < PAUSES_WHILE_JOINING:
+                length = self.random.uniform(0.0, 4.0 * timing.renewal)
+                self.machine.scheduler.after(self.random.uniform(0.0, self.world.faults.latency * 3), self._pause, length)
             await self._cancellable(lockspace.join())
             return lockspace
         except (BackendError, Cancelled) as error:
@@ -129,6 +133,16 @@ class Program:
         self._host_id = 0
         await self.clock.sleep(RETRY_S)
         return None
+
+    def _pause(self, length: float) -> None:
+        if not self.world.quiet and not self.disk.dead and not self.machine.paused:
+            self.machine.pause(length, suspended=False, frozen=False)
+
+    def _chosen(self, ids: list[int]) -> int:
+        """A free id if there is one; often the first, as others do."""
+        if not ids:
+            return self.random.randint(1, HOST_IDS)
+        return ids[0] if self.random.random() < 0.5 else self.random.choice(ids)
 
     async def _keep(self, session: Session) -> None:
         """Renew until the membership is lost, or the program is told to stop and has released everything."""
@@ -166,10 +180,9 @@ class Program:
     async def _use(self, session: Session, lease: int) -> None:
         faults, random, resource = self.world.faults, self.random, session.resources[lease]
         while not session.over and not self.stopping:
-            if self.world.quiet:
-                await self.clock.sleep(RETRY_S)
+            await self.clock.sleep(RETRY_S if self.world.quiet else random.random() ** 2 * faults.thinking)
+            if self.world.quiet or session.over or self.stopping:
                 continue
-            await self.clock.sleep(random.random() ** 2 * faults.thinking)
             shared = random.random() < faults.shared
             patience = random.choice((0.0, 1.0, 2.0 * faults.dead))
             session.holders.add(lease)
@@ -202,11 +215,11 @@ class Program:
         if self.clock.now() >= lockspace.write_until:
             return
         session.pending[lease] += 1
-        self.machine.start(self._write_image(session, lease, leader.lver), f"image {lease}")
+        self.machine.start(self._write_image(session, lease, leader.lver, self.machine.scheduler.now), f"image {lease}")
 
-    async def _write_image(self, session: Session, lease: int, lver: int) -> None:
+    async def _write_image(self, session: Session, lease: int, lver: int, checked: float) -> None:
         witness = self.world.witness
-        await self.disk.write_image(lambda called: witness.image_written(session, lease, lver, called))
+        await self.disk.write_image(checked, lambda: witness.image_written(session, lease, lver, checked))
         session.pending[lease] -= 1
 
     async def _drain(self, session: Session, lease: int) -> None:

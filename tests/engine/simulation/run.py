@@ -76,7 +76,8 @@ class World:
         self.programs: list[Program | None] = []
         for machine in self.machines:
             machine.after_step = self._after_step
-            self.programs.append(Program(self, machine, machine.number + 1))
+            machine.longest_pause = float(self.faults.dead)
+            self.programs.append(Program(self, machine, 1 if self.faults.collide else machine.number + 1))
 
     def numbered(self) -> int:
         """A number that nobody else has."""
@@ -87,7 +88,7 @@ class World:
         """A host has joined."""
         self.scheduler.note(f"{session.label} has joined")
         self.witness.sessions = [other for other in self.witness.sessions if not other.program.disk.dead]
-        self.witness.sessions.append(session)
+        self.witness.joined(session)
 
     def _format(self) -> None:
         self.storage.load(0, sectors.new_lockspace(LOCKSPACE_SHAPE, SPACE, self.faults.io_timeouts[0]))
@@ -100,6 +101,11 @@ class World:
     def _after_step(self, machine: Machine, label: str) -> None:
         self.scheduler.note(f"step {self.scheduler.steps} {label}")
         self.witness.look()
+
+    def end(self) -> None:
+        """Nothing runs any more."""
+        for machine in self.machines:
+            machine.kill()
 
     # The time with faults
 
@@ -153,7 +159,7 @@ class World:
         random, number = self.scheduler.random, program.machine.number
         self.programs[number] = None
         delay = random.uniform(0.0, random.choice((1.0, 20.0)))
-        self.scheduler.after(delay, self._start, number, random.choice((0, 0, number + 1)))
+        self.scheduler.after(delay, self._start, number, random.choice((0, number + 1, random.randint(1, HOST_IDS))))
 
     def _start(self, number: int, host_id: int) -> None:
         self.programs[number] = Program(self, self.machines[number], host_id)
@@ -234,6 +240,7 @@ class World:
                 await (resource.settle() if resource.unsettled else resource.release())
             except BackendError as error:
                 self.scheduler.note(f"{session.label} lease {lease}: {error}")
+                await clock.sleep(0.5)
         session.holders.discard(lease)
         if (host, lease) not in self._satisfied:
             await clock.sleep(0.5)
@@ -245,7 +252,10 @@ def simulate(
 ) -> Outcome:
     """Run a seed; nothing but the seed, the steps and the code decides what happens."""
     world = partial(make, show=show)(seed)
-    world.run(steps)
+    try:
+        world.run(steps)
+    finally:
+        world.end()
     witness, scheduler = world.witness, world.scheduler
     return Outcome(
         seed=seed,

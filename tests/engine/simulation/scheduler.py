@@ -92,9 +92,9 @@ class Scheduler:
         self._number = 0
 
     def at(self, when: float, call: Callable[..., None], *arguments: Any) -> None:
-        """Have `call` made at a moment; calls of one moment are made in order."""
+        """Have `call` made at a moment, at once if that is past; calls of one moment are made in order."""
         self._number += 1
-        heapq.heappush(self._heap, (when, self._number, call, arguments))
+        heapq.heappush(self._heap, (max(when, self.now), self._number, call, arguments))
 
     def after(self, delay: float, call: Callable[..., None], *arguments: Any) -> None:
         """Have `call` made in `delay` seconds."""
@@ -107,6 +107,11 @@ class Scheduler:
         self.events.append(line)
         if self._show is not None:
             self._show(line)
+
+    def explain(self, what: Callable[[], str]) -> None:
+        """For people only: more about the event just recorded, made if somebody looks."""
+        if self._show is not None:
+            self._show(f"{'':11}{what()}")
 
     @property
     def trace(self) -> str:

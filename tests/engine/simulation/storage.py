@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lockfs.paxos.seams import Disk, DiskError, DiskTimeout
+from lockfs.records import sectors
 from lockfs.records.geometry import MIB, Geometry
 from tests.engine.simulation.faults import Faults
 from tests.engine.simulation.machine import Machine
@@ -19,12 +20,31 @@ LOCKSPACE_SHAPE = Geometry(SECTOR, SECTOR * (HOST_IDS + 2), HOST_IDS, 0x10)
 """As 512/1 MiB, but cut short: nobody reads or writes what is left out."""
 LANDS_ALTHOUGH_FAILED = 0.3
 LANDS_LATE = 0.6
+DELAYED_BY_CRASH = 0.5
+FREEZES_AT_A_WRITE = 0.05
 _ZERO = bytes(SECTOR)
 
 
 def lease_offset(lease: int) -> int:
     """Where the area of a lease starts; the lockspace is at 0."""
     return (1 + lease) * MIB
+
+
+def _described(sector: int, data: bytes) -> str:
+    """What a write says, for people."""
+    place = sector % (MIB // SECTOR)
+    if sector >= MIB // SECTOR and place > sectors.REQUEST_SECTOR:
+        record = sectors.decode_host(data)
+        dblock, mode = record.dblock, record.mode
+        return (
+            f"dblock of {place - 1}: mbal {dblock.mbal} bal {dblock.bal} inp {dblock.inp}.{dblock.inp2} lver "
+            f"{dblock.lver}{' released' * dblock.released}{' shared' * mode.shared} {mode.generation}"
+        )
+    leader = sectors.decode_leader(data)
+    return (
+        f"owner {leader.owner_id}.{leader.owner_generation} lver {leader.lver} time {leader.timestamp} flags "
+        f"{leader.flags:#x} written by {leader.write_id}.{leader.write_generation}"
+    )
 
 
 @dataclass
@@ -57,6 +77,7 @@ class _Write:
     wait: Wait
     next_ones: list[Wait] = field(default_factory=list)
     over: bool = False
+    delayed: bool = False
 
 
 class Storage:
@@ -212,7 +233,8 @@ class ProgramDisk(Disk):
     def _done(self, write: _Write, error: DiskError | None) -> None:
         if error is None and not write.over:
             # Held up with a frozen host.
-            self._scheduler.at(self._machine.paused_until + 1e-3, self._done, write, None)
+            later = max(self._scheduler.now, self._machine.paused_until) + 0.001
+            self._scheduler.at(later, self._done, write, None)
         else:
             write.wait.finish(None, error)
 
@@ -221,13 +243,19 @@ class ProgramDisk(Disk):
         if machine.frozen and machine.paused and not self.dead:
             scheduler.at(machine.paused_until + scheduler.random.uniform(0.0, 0.01), self._land, write)
             return
-        if scheduler.now > write.called + self._storage.faults.bound + 1e-6:
+        latest = write.called + self._storage.faults.bound
+        if self.dead and not write.delayed and scheduler.random.random() < DELAYED_BY_CRASH:
+            write.delayed = True
+            scheduler.at(scheduler.random.uniform(scheduler.now, latest), self._land, write)
+            return
+        if scheduler.now > latest + 1e-6:
             if self.dead:
                 self._end(write)
                 return
             self._storage.on_beyond(f"host {machine.number} sector {write.sector}")
         self._storage.sectors[write.sector] = write.data
-        scheduler.note(f"host {machine.number} wrote sector {write.sector}: {write.data[:0].hex()}landed")
+        scheduler.note(f"host {machine.number} wrote sector {write.sector}")
+        scheduler.explain(lambda: _described(write.sector, write.data))
         self._end(write)
 
     def _end(self, write: _Write) -> None:
@@ -241,19 +269,26 @@ class ProgramDisk(Disk):
         elif self._storage.ordered:
             self._begin(queue[0])
 
-    async def write_image(self, landed: Callable[[float], None]) -> None:
-        """Write to an image: takes as long as it takes, and then calls `landed` with the time of the call."""
+    async def write_image(self, called: float, landed: Callable[[], None]) -> None:
+        """Write to an image, which was found allowed at the time `called`; takes as long as it takes."""
         scheduler, machine, storage = self._scheduler, self._machine, self._storage
-        called, wait = scheduler.now, Wait()
+        wait, delayed = Wait(), [False]
         trouble = storage.trouble(machine.number, 0)
         fate = storage.fate(trouble, called, called + storage.faults.bound, machine.io_timeout)
+        if storage.faults.frozen and not storage.calm and scheduler.random.random() < FREEZES_AT_A_WRITE:
+            machine.freeze()
 
         def land() -> None:
             if machine.frozen and machine.paused and not self.dead:
                 scheduler.at(machine.paused_until + scheduler.random.uniform(0.0, 0.01), land)
                 return
-            if not (self.dead and scheduler.now > called + storage.faults.bound):
-                landed(called)
+            latest = called + storage.faults.bound
+            if self.dead and not delayed[0] and scheduler.random.random() < DELAYED_BY_CRASH:
+                delayed[0] = True
+                scheduler.at(scheduler.random.uniform(scheduler.now, latest), land)
+                return
+            if not (self.dead and scheduler.now > latest):
+                landed()
             wait.finish()
 
         if fate.land_at is not None:

@@ -3,6 +3,7 @@
 A hold counts while its host would still write under it: until it is released, the program dies, or the host's own
 rules make it stop (`write_until` by its clock, a lost lockspace). What is judged:
 
+* no two hosts are members under one id at once;
 * no two holds of a lease overlap unless both are shared;
 * each hold's version is higher than that of any earlier exclusive hold, and of any earlier hold if it is
   exclusive itself;
@@ -47,6 +48,13 @@ class Witness:
         excused = excused or bool(self.faulted)
         (self.excused if excused else self.violations).append(f"at {self._scheduler.now:.3f}: {what}")
         self._scheduler.note(("excused: " if excused else "VIOLATION: ") + what)
+
+    def joined(self, session: Session) -> None:
+        """A host has become a member."""
+        for other in self.sessions:
+            if other.lockspace.host_id == session.lockspace.host_id and other.may_write:
+                self.complain(f"{session.label} has joined while {other.label} is a member")
+        self.sessions.append(session)
 
     def look(self) -> None:
         """Judge the holds as they are now."""
