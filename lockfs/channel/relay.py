@@ -26,6 +26,7 @@ import trio
 from lockfs.channel import protocol, wellformed
 from lockfs.channel.data import DataPath, Deferred
 from lockfs.channel.device import MAX_WRITE, PAGE, Device
+from lockfs.channel.door import Door
 from lockfs.channel.handles import Handle, HandleTable
 from lockfs.channel.library import Library
 from lockfs.channel.protocol import Header, Opcode, ProtocolError
@@ -112,7 +113,8 @@ class Relay:
         self._files = files
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
-        self._data = DataPath(handles)
+        self._door = Door()
+        self._data = DataPath(handles, self._door.slow)
         self._lock = threading.Lock()
         self._readers = 0
         self._grown_at = 0.0
@@ -188,8 +190,9 @@ class Relay:
         than READERS_IDLE have nothing to do for long, the surplus leaves.
         """
         buffers = Buffers()
-        idle = self._idle
+        idle, door = self._idle, self._door
         while True:
+            door.wait()
             try:
                 received = os.readv(self._device.descriptor, buffers.iov)
                 if not received:
@@ -204,7 +207,8 @@ class Relay:
             if not idle:
                 self._add_reader()
             self._handle_request(buffers, received)
-            if len(idle) >= READERS_IDLE and self._may_leave():
+            door.served()
+            if len(idle) >= READERS_IDLE and not door.leads() and self._may_leave():
                 return _LEFT
             idle.append(None)
 
