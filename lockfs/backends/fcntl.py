@@ -31,6 +31,7 @@ from lockfs.backends.state import StateDirectory
 from lockfs.backends.storecheck import check_store
 from lockfs.backends.virtlockd import LockDirectory, LockFile
 from lockfs.errors import BackendError, ImageBusy, SetupError
+from lockfs.linux import calls
 
 LOCK_THREADS = 16
 _HOST_CHARS_MAX = 64
@@ -66,7 +67,11 @@ class _LeaseBroken(BackendError):
 
 
 class FcntlBackend(Backend):
-    """Leases by open-file-description locks; one hop to a worker thread for each call."""
+    """Leases by open-file-description locks, taken on worker threads, or at once where that cannot wait.
+
+    It cannot on a local file system (calls.in_memory): its locks are a list in this kernel's memory, and an
+    owner record used a moment ago is a page of it.
+    """
 
     name = "fcntl"
 
@@ -86,6 +91,7 @@ class FcntlBackend(Backend):
         self._store_fd = store_fd
         self._host = host
         state = StateDirectory(store_fd)
+        self._local = calls.in_memory(store_fd)
         self._records = OwnerRecords(state, instance)
         self._requests = Requests(state, instance)
         self._lock_files: LockDirectory | None = None
@@ -127,9 +133,29 @@ class FcntlBackend(Backend):
         if image.inode in self._leases:  # a failed second attempt would drop the first one's locks
             raise BackendError(f"{image.name} is already leased by this mount.")
         # No checkpoint after the thread returned: cancelled means that it never ran.
-        lease = await self._in_thread(self._acquire, image, mode, owner)
+        lease = self._locked(image, mode, owner) if self._instant else None
+        if lease is None:
+            lease = await self._in_thread(self._acquire, image, mode, owner)
+        else:
+            await self._record(lease)
         self._leases[image.inode] = lease
         return lease
+
+    @property
+    def _instant(self) -> bool:
+        """Whether taking and dropping the locks waits for nothing."""
+        return self._local and self._lock_files is None
+
+    async def _record(self, lease: FcntlLease) -> None:
+        """Tell who has just got a lease; cancelled, it is given back."""
+        image, owner = lease.image, lease.owner
+        if lease.mode is Mode.EXCLUSIVE and self._records.write_at_once(image.inode, owner, image.path):
+            return
+        try:
+            await self._in_thread(self._records.write, image.inode, lease.mode, owner, image.path)
+        except BaseException:
+            self._give_back(lease)
+            raise
 
     async def convert(self, lease: Lease, mode: Mode, deadline: float) -> None:
         """Change the mode; see Backend.convert. If the old locks cannot be kept the lease is LOST."""
@@ -154,7 +180,11 @@ class FcntlBackend(Backend):
         if held.state is LeaseState.RELEASED:
             return
         try:
-            await self._in_thread(self._release, held)
+            at_once = self._instant and held.mode is Mode.EXCLUSIVE
+            if at_once and self._records.remove_at_once(held.image.inode):
+                self._give_back(held)
+            else:
+                await self._in_thread(self._release, held)
         finally:
             held.state = LeaseState.RELEASED
             self._leases.pop(held.image.inode, None)
@@ -199,9 +229,17 @@ class FcntlBackend(Backend):
     async def _in_thread(self, work: Callable[..., _T], *arguments: object) -> _T:
         return await trio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
 
-    # What follows runs on worker threads.
+    # What follows runs on worker threads, or at once where `_instant` says that it may.
 
     def _acquire(self, image: Image, mode: Mode, owner: Owner) -> FcntlLease:
+        lease = self._locked(image, mode, owner)
+        if lease is None:
+            raise self._busy(image, None)
+        self._records.write(image.inode, mode, owner, image.path)
+        return lease
+
+    def _locked(self, image: Image, mode: Mode, owner: Owner) -> FcntlLease | None:
+        """A lease whose locks are had, but which nobody was told of; None if somebody is in the way."""
         _check_descriptor(image, mode)
         lease = FcntlLease(image, mode, owner)
         taken = False
@@ -212,10 +250,7 @@ class FcntlBackend(Backend):
         finally:
             if not taken:
                 self._give_back(lease)
-        if not taken:
-            raise self._busy(image, None)
-        self._records.write(image.inode, mode, owner, image.path)
-        return lease
+        return lease if taken else None
 
     def _take(self, lease: FcntlLease) -> bool:
         image = lease.image

@@ -77,6 +77,10 @@ def _text(value: object) -> str | None:
     return "".join(char if char.isprintable() else "?" for char in value)
 
 
+def _record(owner: Owner, path: bytes) -> bytes:
+    return encode(owner, path).ljust(FILE_BYTES_MAX)
+
+
 class OwnerRecords:
     """This host's records and what the others wrote. Methods block and belong on worker threads."""
 
@@ -91,7 +95,17 @@ class OwnerRecords:
 
     def write(self, inode: int, mode: Mode, owner: Owner, path: bytes = b"") -> None:
         """Tell who holds the image in this mode, and under which name it was opened."""
-        self._state.write(OWNERS, self._name(inode, mode), encode(owner, path).ljust(FILE_BYTES_MAX))
+        self._state.write(OWNERS, self._name(inode, mode), _record(owner, path))
+
+    def write_at_once(self, inode: int, owner: Owner, path: bytes) -> bool:
+        """Do what `write` does for an EXCLUSIVE holder, on any thread of a local store; False: it cannot."""
+        name = self._name(inode, Mode.EXCLUSIVE)
+        return self._state.overwrite(OWNERS, name, _record(owner, path))
+
+    def remove_at_once(self, inode: int) -> bool:
+        """Take back what an EXCLUSIVE holder wrote, on any thread of a local store; False: it cannot."""
+        name = self._name(inode, Mode.EXCLUSIVE)
+        return name in self._kept and self._state.overwrite(OWNERS, name, b" " * FILE_BYTES_MAX)
 
     def paths(self) -> list[bytes]:
         """Paths of images that any host says it holds, sorted; whether one does, the locks tell."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import Iterator
 
 from lockfs.linux import calls
@@ -70,6 +71,22 @@ class StateDirectory:
                 os.write(fd, content)
                 if os.fstat(fd).st_size > len(content):
                     os.ftruncate(fd, len(content))
+
+    def overwrite(self, kind: bytes, name: bytes, content: bytes) -> bool:
+        """Overwrite a regular file that the kernel has in memory; False if only `write` can.
+
+        On a local file system that is a look into the directory cache and a copy to the page cache, which
+        may be done on any thread: it waits for no disk to find the file, nor for anybody's lease on it.
+        """
+        path = b"/".join((STATE_DIR, kind, name))
+        resolve = _NO_SYMLINKS | calls.RESOLVE_CACHED
+        try:
+            with closing(calls.openat2(self._store, path, os.O_WRONLY | _FILE, 0, resolve)) as fd:
+                status = os.fstat(fd)
+                fits = stat.S_ISREG(status.st_mode) and status.st_size <= len(content)
+                return fits and os.pwrite(fd, content, 0) == len(content)
+        except OSError:
+            return False
 
     def blank(self, kind: bytes, name: bytes) -> None:
         """Make a file say nothing; one that is gone is no error."""

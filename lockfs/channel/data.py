@@ -21,6 +21,8 @@ from lockfs.keeper.gate import Gate, GateState
 from lockfs.linux import calls
 
 COPY_BYTES_MAX = 0x7FFFF000  # the kernel's own bound for one transfer
+SMALL_BYTES = 64 << 10  # more than that is worth a second thread, even from memory
+_WAITING = os.O_DIRECT | os.O_SYNC | os.O_DSYNC
 _CHANGEABLE = os.O_APPEND | os.O_DIRECT | os.O_NONBLOCK | os.O_NOATIME  # fcntl(2), F_SETFL
 
 Reply = list[bytes | memoryview]
@@ -35,10 +37,14 @@ class Deferred(Exception):
 
 
 class DataPath:
-    """Serves data requests. Stateless but for the handle table, so any number of threads may use it."""
+    """Serves data requests. Stateless but for the handle table, so any number of threads may use it.
 
-    def __init__(self, handles: HandleTable) -> None:
+    `slow` is called, on the thread of the request, before anything that may wait for a disk or a server.
+    """
+
+    def __init__(self, handles: HandleTable, slow: Callable[[], None]) -> None:
         self._handles = handles
+        self._slow = slow
         self.operations: dict[int, Callable[[Header, memoryview, memoryview], Reply]] = {
             Opcode.READ: self._read,
             Opcode.WRITE: self._write,
@@ -64,8 +70,10 @@ class DataPath:
         if flags != handle.flags:
             _adapt(handle, flags)
         target = room[:size]
-        count = os.preadv(handle.descriptor, [target], offset)
-        return protocol.reply(header.unique, target[:count])
+        if size > SMALL_BYTES or handle.flags & _WAITING or not _peek(handle, target, offset):
+            self._slow()
+            target = target[: os.preadv(handle.descriptor, [target], offset)]
+        return protocol.reply(header.unique, target)
 
     def _write(self, header: Header, body: memoryview, room: memoryview) -> Reply:
         number, offset, size, write_flags, _, flags, _ = protocol.parse(protocol.WRITE_IN, body, 0)
@@ -75,6 +83,8 @@ class DataPath:
         if flags != handle.flags:
             _adapt(handle, flags)
         gate = _pass(handle)
+        if size > SMALL_BYTES or handle.flags & _WAITING:
+            self._slow()
         try:
             count = os.pwritev(handle.descriptor, [room[:size]], offset)
             if write_flags & protocol.WRITE_KILL_SUIDGID:
@@ -87,6 +97,7 @@ class DataPath:
         """Close a duplicate: network file systems write back, and report errors, when a descriptor closes."""
         (number,) = protocol.parse(protocol.FH_IN, body, 0)
         handle = self._handle(number)
+        self._slow()
         if handle.writable:
             os.close(os.dup(handle.descriptor))
         return protocol.reply(header.unique)
@@ -94,12 +105,14 @@ class DataPath:
     def _fsync(self, header: Header, body: memoryview, room: memoryview) -> Reply:
         number, flags, _ = protocol.parse(protocol.FSYNC_IN, body, 0)
         sync = os.fdatasync if flags & protocol.FSYNC_DATA_ONLY else os.fsync
+        self._slow()
         sync(self._handle(number).descriptor)
         return protocol.reply(header.unique)
 
     def _fallocate(self, header: Header, body: memoryview, room: memoryview) -> Reply:
         number, offset, length, mode, _ = protocol.parse(protocol.FALLOCATE_IN, body, 0)
         handle = self._handle(number)
+        self._slow()
         gate = _pass(handle)
         try:
             calls.fallocate(handle.descriptor, mode, offset, length)
@@ -109,12 +122,14 @@ class DataPath:
 
     def _lseek(self, header: Header, body: memoryview, room: memoryview) -> Reply:
         number, offset, whence, _ = protocol.parse(protocol.LSEEK_IN, body, 0)
+        self._slow()
         found = os.lseek(self._handle(number).descriptor, _signed(offset), whence)
         return protocol.reply(header.unique, protocol.LSEEK_OUT.pack(found))
 
     def _copy(self, header: Header, body: memoryview, room: memoryview) -> Reply:
         source, at, _, target, to, length, _ = protocol.parse(protocol.COPY_IN, body, 0)
         reader, writer = self._handle(source), self._handle(target)
+        self._slow()
         gate = _pass(writer)
         try:
             count = os.copy_file_range(
@@ -125,6 +140,17 @@ class DataPath:
         wide = header.opcode == Opcode.COPY_FILE_RANGE_64
         body_out = protocol.LSEEK_OUT.pack(count) if wide else protocol.WRITE_OUT.pack(count, 0)
         return protocol.reply(header.unique, body_out)
+
+
+def _peek(handle: Handle, target: memoryview, offset: int) -> bool:
+    """Read what is wanted from memory if all of it is there; False if the storage must be asked."""
+    if not handle.peeks:
+        return False
+    try:
+        return os.preadv(handle.descriptor, [target], offset, os.RWF_NOWAIT) == len(target)
+    except OSError as error:
+        handle.peeks = error.errno != errno.EOPNOTSUPP
+        return False
 
 
 def _pass(handle: Handle) -> Gate:

@@ -28,7 +28,8 @@ class Handle:
     `descriptor` was opened with the caller's own flags (O_DIRECT, O_SYNC, O_DSYNC, O_APPEND), so that data
     served through it has the semantics that were asked for. `open_flags` (FOPEN_*) and `backing_id` (0: none)
     are what the kernel is told in the open's reply. `gate` stands before every change of data that comes
-    through lockfs; None where the handle cannot change data.
+    through lockfs; None where the handle cannot change data. `peeks`: whether its file system can read what
+    is in memory and nothing else, as far as is known.
     """
 
     nodeid: int
@@ -38,6 +39,7 @@ class Handle:
     backing_id: int
     gate: Gate | None
     number: int = 0
+    peeks: bool = True
 
     @property
     def writable(self) -> bool:

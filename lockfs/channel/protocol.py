@@ -24,6 +24,7 @@ OUT_HEADER = struct.Struct("=IiQ")  # len error unique
 INIT_IN = struct.Struct("=IIIII44x")  # major minor max_readahead flags flags2
 INIT_OUT = struct.Struct("=IIIIHHIIHHIIH22x")
 ENTRY_OUT = struct.Struct("=QQQQII")  # nodeid generation entry_valid attr_valid entry_nsec attr_nsec
+ATTR_OUT = struct.Struct("=QII")  # attr_valid, attr_valid_nsec, dummy; an ATTR follows
 ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
 OPEN_OUT = struct.Struct("=QIi")  # fh open_flags backing_id
 CREATE_IN = struct.Struct("=IIII")  # flags mode umask open_flags
@@ -59,6 +60,7 @@ class Opcode(enum.IntEnum):
 
     LOOKUP = 1
     FORGET = 2
+    GETATTR = 3
     SETATTR = 4
     UNLINK = 10
     RENAME = 12

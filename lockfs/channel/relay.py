@@ -2,8 +2,9 @@
 
 Reader threads take requests from the device, one each. Requests on file contents are served at once on
 that thread (data.py); a few the kernel must not ask again are answered ENOSYS; everything else goes to
-pyfuse3 as it came. One thread carries pyfuse3's replies back and completes those of opens with the
-backing file's id. Threads, not tasks: a request of the data path costs no switch to the event loop.
+pyfuse3 as it came. Its replies are carried back on its own thread, as soon as the task that wrote one
+pauses, and those of opens completed with the backing file's id. Threads, not tasks: a request of the data
+path costs no switch to the event loop.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import trio
 from lockfs.channel import protocol, wellformed
 from lockfs.channel.data import DataPath, Deferred
 from lockfs.channel.device import MAX_WRITE, PAGE, Device
+from lockfs.channel.door import Door
 from lockfs.channel.handles import Handle, HandleTable
-from lockfs.channel.library import REPLY_BYTES_MAX, Library
+from lockfs.channel.library import Library
 from lockfs.channel.protocol import Header, Opcode, ProtocolError
+from lockfs.channel.replies import Replies, attr_out, entry_out
 from lockfs.errors import LockfsError, errno_of
 from lockfs.keeper.gate import GateState
 from lockfs.linux import proc
@@ -63,6 +66,9 @@ class FileSystem(Protocol):
 
     async def claim(self, handle: Handle) -> None:
         """Get the handle's gate opened; raises the LockfsError its caller is to see."""
+
+    def attributes(self, number: int) -> tuple[os.stat_result, int] | None:
+        """An inode's attributes and the seconds they hold, if they can be had without waiting; any thread."""
 
     def interrupt(self, tid: int) -> bool:
         """A signal hit thread `tid`; True if that thread was waiting for a lease."""
@@ -107,7 +113,8 @@ class Relay:
         self._files = files
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
-        self._data = DataPath(handles)
+        self._door = Door()
+        self._data = DataPath(handles, self._door.slow)
         self._lock = threading.Lock()
         self._readers = 0
         self._grown_at = 0.0
@@ -116,19 +123,21 @@ class Relay:
         self._waiting: dict[int, int] = {}
         self._deferred = 0
         self._failure: BaseException | None = None
+        self._replies = Replies(library, self._carry_reply, self._end)
         self.ended = trio.Event()
 
     def start(self) -> None:
         """Start the threads; the mount serves from here on."""
         for _ in range(READERS_MIN):
             self._add_reader()
-        threading.Thread(
-            target=self._guarded, args=(self._carry_replies,), name="replies", daemon=True
-        ).start()
+        trio.lowlevel.add_instrument(self._replies)
 
     async def wait(self) -> None:
         """Return when the mount is gone; raise what stopped the relay otherwise."""
-        await self.ended.wait()
+        try:
+            await self.ended.wait()
+        finally:
+            trio.lowlevel.remove_instrument(self._replies)
         if self._failure is not None:
             raise self._failure
 
@@ -181,8 +190,9 @@ class Relay:
         than READERS_IDLE have nothing to do for long, the surplus leaves.
         """
         buffers = Buffers()
-        idle = self._idle
+        idle, door = self._idle, self._door
         while True:
+            door.wait()
             try:
                 received = os.readv(self._device.descriptor, buffers.iov)
                 if not received:
@@ -197,7 +207,8 @@ class Relay:
             if not idle:
                 self._add_reader()
             self._handle_request(buffers, received)
-            if len(idle) >= READERS_IDLE and self._may_leave():
+            door.served()
+            if len(idle) >= READERS_IDLE and not door.leads() and self._may_leave():
                 return _LEFT
             idle.append(None)
 
@@ -245,12 +256,23 @@ class Relay:
             self._answer_error(header, errno.ENOSYS)
         else:
             wellformed.check(header, request)
+            if header.opcode == Opcode.GETATTR and self._answer_attributes(header):
+                return
             with self._lock:
                 if header.opcode in (Opcode.OPEN, Opcode.CREATE):
                     self._opening.add(header.unique)
                 if header.opcode in _MAY_WAIT:
                     self._waiting[header.unique & ~protocol.RESENT] = header.pid
             self._library.ours.send(request)
+
+    def _answer_attributes(self, header: Header) -> bool:
+        """Answer GETATTR here; False if it must go to pyfuse3. Two threads less have to wake up for it."""
+        found = self._files.attributes(header.nodeid)
+        if found is None:
+            return False
+        status, seconds = found
+        self._device.send(protocol.reply(header.unique, attr_out(header.nodeid, status, seconds)))
+        return True
 
     def _start(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Start a task from any thread. Once the mount is gone nobody waits for its outcome any more.
@@ -295,7 +317,7 @@ class Relay:
             return
         handle = self._handles.find(info.fh)
         open_out = protocol.OPEN_OUT.pack(info.fh, *(_open_reply(handle) if handle else (0, 0)))
-        if not self._device.send(protocol.reply(header.unique, _entry_out(entry) + open_out)):
+        if not self._device.send(protocol.reply(header.unique, entry_out(entry) + open_out)):
             await self._files.abandon(info.fh)
 
     # Writes that met a closed gate
@@ -340,24 +362,19 @@ class Relay:
 
     # Replies
 
-    def _carry_replies(self) -> None:
-        room = bytearray(REPLY_BYTES_MAX)
-        view = memoryview(room)
-        while True:
-            size = self._library.ours.recv_into(room)
-            if not size:
-                return
-            _, error, unique = protocol.OUT_HEADER.unpack_from(room)
-            number = 0
-            with self._lock:
-                opening = unique in self._opening
-                self._opening.discard(unique)
-                self._waiting.pop(unique & ~protocol.RESENT, None)
-            if opening and not error:
-                number = self._complete_open(view, size)
-            wanted = self._device.send([view[:size]])
-            if number and not wanted:
-                self._start(self._files.abandon, number)
+    def _carry_reply(self, reply: memoryview) -> None:
+        """Bring one reply of pyfuse3's to the device."""
+        _, error, unique = protocol.OUT_HEADER.unpack_from(reply)
+        number = 0
+        with self._lock:
+            opening = unique in self._opening
+            self._opening.discard(unique)
+            self._waiting.pop(unique & ~protocol.RESENT, None)
+        if opening and not error:
+            number = self._complete_open(reply, len(reply))
+        wanted = self._device.send([reply])
+        if number and not wanted:
+            self._start(self._files.abandon, number)
 
     def _complete_open(self, reply: memoryview, size: int) -> int:
         """Put the handle's FOPEN flags and backing id into an open's reply, its last 16 bytes."""
@@ -372,24 +389,3 @@ class Relay:
 
 def _open_reply(handle: Handle) -> tuple[int, int]:
     return handle.open_flags, handle.backing_id
-
-
-def _entry_out(entry: pyfuse3.EntryAttributes) -> bytes:
-    """A fuse_entry_out with zero timeouts from pyfuse3's form of it."""
-    second = 1_000_000_000
-    times = (entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns)
-    rdev = os.major(entry.st_rdev) << 8 | os.minor(entry.st_rdev) & 0xFF
-    return protocol.ENTRY_OUT.pack(entry.st_ino, entry.generation, 0, 0, 0, 0) + protocol.ATTR.pack(
-        entry.st_ino,
-        entry.st_size,
-        entry.st_blocks,
-        *(time // second for time in times),
-        *(time % second for time in times),
-        entry.st_mode,
-        entry.st_nlink,
-        entry.st_uid,
-        entry.st_gid,
-        rdev,
-        entry.st_blksize,
-        0,
-    )

@@ -26,13 +26,20 @@ RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
+RESOLVE_CACHED = 0x20
+"""openat2(2): answer from memory or fail with EAGAIN, never wait for a disk or a server (Linux 5.12)."""
 CLONE_FS = 0x200
+_STATFS_BYTES = 256
+
+_EXT, _XFS, _BTRFS, _TMPFS, _F2FS = 0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0xF2F52010
+_IN_MEMORY = frozenset({_EXT, _XFS, _BTRFS, _TMPFS, _F2FS})
 
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.linkat.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
+_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
 _libc.unshare.argtypes = [ctypes.c_int]
 _libc.setfsuid.argtypes = [ctypes.c_uint]
 _libc.setfsgid.argtypes = [ctypes.c_uint]
@@ -49,6 +56,17 @@ def _check(result: int) -> int:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2); offset and length in bytes, any mode the file system takes."""
     _check(_libc.fallocate(fd, mode, offset, length))
+
+
+def in_memory(fd: int) -> bool:
+    """Whether open files of this file system are wholly this kernel's affair (fstatfs(2), f_type).
+
+    True for the local file systems that keep an open file's inode and locks in memory, so that fstat(2) and
+    fcntl(2) never wait for a disk or a server. Shared ones ask a server or take a cluster lock.
+    """
+    answer = ctypes.create_string_buffer(_STATFS_BYTES)
+    _check(_libc.fstatfs(fd, answer))
+    return ctypes.c_long.from_buffer(answer).value in _IN_MEMORY
 
 
 def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:

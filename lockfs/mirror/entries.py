@@ -9,7 +9,7 @@ import pyfuse3
 
 from lockfs.mirror.inodes import Inode
 
-DIRECTORY_ATTRIBUTES_S = 1.0
+DIRECTORY_ATTRIBUTES_S = 1
 """How long, in seconds, the kernel may miss that another host changed a directory's owner, mode or times."""
 
 
@@ -19,10 +19,14 @@ def entry_of(inode: Inode, status: os.stat_result) -> pyfuse3.EntryAttributes:
     A directory's are, for a moment: each step of each path would otherwise ask for them again.
     """
     entry = _entry(inode.number, status)
-    if stat.S_ISDIR(status.st_mode):
-        entry.attr_timeout = DIRECTORY_ATTRIBUTES_S
+    entry.attr_timeout = attributes_hold(status)
     entry.generation = inode.generation
     return entry
+
+
+def attributes_hold(status: os.stat_result) -> int:
+    """How many seconds the kernel may keep these attributes; see `entry_of`."""
+    return DIRECTORY_ATTRIBUTES_S if stat.S_ISDIR(status.st_mode) else 0
 
 
 def bare_entry(number: int, mode: int) -> pyfuse3.EntryAttributes:

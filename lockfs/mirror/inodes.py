@@ -106,6 +106,10 @@ class InodeTable:
         except KeyError:
             raise OSError(errno.ESTALE, f"there is no inode {number}") from None
 
+    def known(self, number: int) -> Inode | None:
+        """The inode of a node number, if there is one. Any thread may ask."""
+        return self._by_number.get(number)
+
     def find(self, key: Key) -> Inode | None:
         """The inode of a file on the storage, if it is known. Any thread may ask."""
         return self._by_key.get(key)

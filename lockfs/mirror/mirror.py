@@ -27,7 +27,7 @@ from lockfs.mirror.backings import Backings
 from lockfs.mirror.creations import Creations
 from lockfs.mirror.credentials import Caller
 from lockfs.mirror.directories import Directories
-from lockfs.mirror.entries import entry_of, volume_of
+from lockfs.mirror.entries import attributes_hold, entry_of, volume_of
 from lockfs.mirror.inodes import Inode
 from lockfs.mirror.modes import IoMode
 from lockfs.mirror.names import Names
@@ -138,6 +138,11 @@ class Mirror(pyfuse3.Operations):
         """The attributes as they are on the storage."""
         known = self._inode(inode)
         return entry_of(known, await self._store.status(known))
+
+    def attributes(self, number: int) -> tuple[os.stat_result, int] | None:
+        """What getattr answers and the seconds it holds, on any thread; None if only getattr can tell."""
+        status = self._store.status_at_once(number)
+        return None if status is None else (status, attributes_hold(status))
 
     @_answers
     async def setattr(

@@ -15,7 +15,6 @@ from lockfs.channel.handles import HandleTable, Kernel
 from lockfs.keeper.keeper import Keeper
 from lockfs.keeper.policy import Policy
 from lockfs.linux import calls
-from lockfs.mirror import syscalls
 from lockfs.mirror.credentials import Caller, Credentials
 from lockfs.mirror.inodes import Found, Inode, InodeTable
 from lockfs.mirror.modes import IoMode
@@ -47,7 +46,7 @@ class Store:
         self.io = io
         self.policy = policy
         self.credentials = Credentials()
-        self.local = syscalls.attributes_in_memory(root)
+        self.local = calls.in_memory(root)
         self._looks_in_cache = self.local
         self._limiter = trio.CapacityLimiter(WORKERS_MAX)
         self._keeper: Keeper | None = None
@@ -130,7 +129,7 @@ class Store:
         """
         if not self._looks_in_cache:
             return None
-        resolve = calls.RESOLVE_NO_XDEV | syscalls.RESOLVE_CACHED
+        resolve = calls.RESOLVE_NO_XDEV | calls.RESOLVE_CACHED
         try:
             descriptor = calls.openat2(directory, name, _LOOK, 0, resolve)
         except OSError as error:
@@ -159,6 +158,21 @@ class Store:
         if self.local:
             return os.fstat(inode.descriptor)
         return await self.call(os.fstat, inode.descriptor)
+
+    def status_at_once(self, number: int) -> os.stat_result | None:
+        """The attributes of a node number, on any thread; None if they cannot be had without waiting.
+
+        The kernel forgets no inode that it asks about, so its descriptor stays open meanwhile, but at the
+        end of the mount. That the number is not another file's by then is checked.
+        """
+        inode = self.inodes.known(number) if self.local else None
+        if inode is None:
+            return None
+        try:
+            status = os.fstat(inode.descriptor)
+        except OSError:
+            return None
+        return status if (status.st_dev, status.st_ino) == inode.key else None
 
     def name_of(self, inode: Inode) -> bytes:
         """A current path of the inode relative to the store's root, for people.

@@ -120,6 +120,10 @@ class _Service:
             log.info("%s ended", self._options.mountpoint)
 
     async def _learn_device(self) -> None:
-        """Learn the mount's own device number, under which /proc shows what is open and locked on it."""
+        """Learn the mount's own device number, under which /proc shows what is open and locked on it.
+
+        Asking for the free space besides shows that pyfuse3 answers too.
+        """
         status = await trio.to_thread.run_sync(os.stat, self._options.mountpoint)
+        await trio.to_thread.run_sync(os.statvfs, self._options.mountpoint)
         self._mirror.device = status.st_dev

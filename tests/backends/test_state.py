@@ -123,6 +123,30 @@ def test_longer_record_is_overwritten_wholly(state: StateDirectory) -> None:
     assert records.read(7, Mode.EXCLUSIVE) == [OWNER]
 
 
+def test_record_used_before_is_written_at_once(state: StateDirectory, tmp_path: Path) -> None:
+    """Once its file is there, a record is written and taken back without anything that may wait."""
+    records, others = OwnerRecords(state, b"one"), OwnerRecords(state, b"two")
+    place = tmp_path / ".lockfs" / "owners" / "7"
+    assert not records.write_at_once(7, OWNER, b"x")
+    assert not records.remove_at_once(7)
+    records.write(7, Mode.EXCLUSIVE, OWNER)
+    records.remove(7, Mode.EXCLUSIVE)
+    assert records.write_at_once(7, OWNER, b"x")
+    assert others.read(7, Mode.EXCLUSIVE) == [OWNER]
+    assert records.remove_at_once(7)
+    assert others.read(7, Mode.EXCLUSIVE) == []
+    place.unlink()
+    assert not records.write_at_once(7, OWNER, b"x")
+    os.mkfifo(place)
+    assert not records.write_at_once(7, OWNER, b"x")
+    place.unlink()
+    place.write_bytes(bytes(FILE_BYTES_MAX + 1))
+    assert not records.write_at_once(7, OWNER, b"x")
+    place.unlink()
+    place.symlink_to(tmp_path / "elsewhere")
+    assert not records.write_at_once(7, OWNER, b"x")
+
+
 def test_odd_things_in_a_records_place_do_no_harm(
     state: StateDirectory, tmp_path: Path, expect_log: Callable[..., None]
 ) -> None:

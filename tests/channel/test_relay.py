@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class FakeFiles:
         self.abandoned: list[int] = []
         self.interrupted: list[int] = []
         self.claims = 0
+        self.known: dict[int, os.stat_result] = {}
         self.claim_error: Exception | None = None
 
     async def tmpfile(self, *arguments: object) -> None:
@@ -67,6 +69,10 @@ class FakeFiles:
             raise self.claim_error
         assert handle.gate is not None
         handle.gate.set(GateState.OPEN)
+
+    def attributes(self, number: int) -> tuple[os.stat_result, int] | None:
+        """Those of `known`, the node numbers that can be told of at once."""
+        return (self.known[number], 1) if number in self.known else None
 
     def interrupt(self, tid: int) -> bool:
         """Record."""
@@ -108,6 +114,9 @@ async def rig() -> AsyncIterator[Rig]:
             made.kernel.hang_up()
             with trio.fail_after(PATIENCE_S):
                 await relay.wait()
+                # The descriptors' numbers are used again once they are closed: nobody may be reading them.
+                while any(thread.name.startswith("reader-") for thread in threading.enumerate()):
+                    await trio.sleep(0.001)
             nursery.cancel_scope.cancel()
     for handle in made.handles.all():
         os.close(handle.descriptor)
@@ -246,6 +255,21 @@ async def test_open_reply_carries_the_backing_file(image: Path) -> None:
         got, error, body = await trio.to_thread.run_sync(r.kernel.receive)
         assert (got, error) == (unique, 0)
         assert protocol.OPEN_OUT.unpack(body) == (handle.number, FOPEN_PASSTHROUGH, 7)
+
+
+async def test_attributes_are_told_at_once_or_asked_for(image: Path) -> None:
+    """GETATTR is answered where it arrived if the mirror can tell; otherwise pyfuse3 gets it."""
+    async with rig() as r:
+        r.files.known[2] = os.stat(image)
+        unique = r.kernel.send(Opcode.GETATTR, bytes(16), nodeid=2)
+        got, error, body = await trio.to_thread.run_sync(r.kernel.receive)
+        assert (got, error) == (unique, 0)
+        assert protocol.ATTR_OUT.unpack_from(body) == (1, 0, 0)
+        number, size, *_ = protocol.ATTR.unpack_from(body, protocol.ATTR_OUT.size)
+        assert (number, size) == (2, image.stat().st_size)
+        r.kernel.send(Opcode.GETATTR, bytes(16), nodeid=3)
+        request = await trio.to_thread.run_sync(r.library.theirs.recv, 4096)
+        assert protocol.parse_header(memoryview(request), len(request)).nodeid == 3
 
 
 async def test_nothing_is_started_once_the_mount_is_gone() -> None:

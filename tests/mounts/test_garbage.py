@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import struct
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -82,6 +83,9 @@ async def stack(store_fd: int) -> AsyncIterator[tuple[FakeKernel, Mirror]]:
             kernel.hang_up()
             with trio.fail_after(PATIENCE_S):
                 await relay.wait()
+                # The descriptors' numbers are used again once they are closed: nobody may be reading them.
+                while any(thread.name.startswith("reader-") for thread in threading.enumerate()):
+                    await trio.sleep(0.001)
             pyfuse3.terminate()
             nursery.cancel_scope.cancel()
     await mirror.release_all()
