@@ -13,6 +13,8 @@ from lockfs.records.sectors import Leader
 
 PROBE_BYTES = 4096
 """What is read to learn an area's sector size: one sector, whichever it is."""
+NUMBERS_END = 1 << 63
+"""No number that hosts count up gets there; fields have 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,16 @@ class Area:
         """Call one of the records' checks for what was read from `sector`."""
         with self.naming(sector):
             check(*arguments)
+
+    def check_number(self, sector: int, number: int) -> None:
+        """Refuse a version, generation or ballot number, read from `sector`, that has no successor.
+
+        Raises:
+            RecordError: LEADER_INCONSISTENT.
+        """
+        if number >= NUMBERS_END:
+            problem = f"the number {number} cannot be had by counting"
+            raise RecordError(Result.LEADER_INCONSISTENT, problem, self.name, sector)
 
     def check_size(self, sector: int, leader: Leader) -> None:
         """Refuse a record, read from `sector`, that states other sectors than the area is taken to have.

@@ -126,6 +126,10 @@ class Lockspace:
         """The clock time of the next renewal."""
         return self.renewed_at + self.timing.renewal
 
+    def abandon(self, reason: str) -> None:
+        """Count the membership as LOST from now on, for a reason that the sectors do not show."""
+        self._lose(reason)
+
     def require(self) -> None:
         """Refuse to act under a membership that is not good.
 
@@ -221,6 +225,7 @@ class Lockspace:
     def _check(self, leader: Leader) -> None:
         self.area.check(self._sector, sectors.check_delta, leader, self.name)
         self.area.check_size(self._sector, leader)
+        self.area.check_number(self._sector, leader.owner_generation)
 
     # Renewing
 

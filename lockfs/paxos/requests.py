@@ -27,6 +27,7 @@ async def request(area: Area, lockspace: Lockspace, name: bytes, force_mode: int
     area.check(sectors.LEADER_SECTOR, sectors.check_paxos, leader, lockspace.name, name, lockspace.host_id)
     if leader.timestamp == 0:
         return 0
+    area.check_number(sectors.LEADER_SECTOR, leader.lver)
     area = area.shaped(leader.geometry)
     present = await read_request(area)
     wanted = leader.lver + 1

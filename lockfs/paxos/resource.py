@@ -27,14 +27,12 @@ from lockfs.records.sectors import Dblock, HostRecord, Leader, ModeBlock
 
 BACK_OFF_S = 1.0
 """A lost ballot, or a shared attempt that met another, is tried again after a random part of this."""
-SHARED_ATTEMPTS_MAX = 8
+SHARED_RETRIES_MAX = 8
 ROUNDS_MAX = 64
 """How often one acquire may begin anew because the leader changed under it."""
 BALLOTS_MAX = 64
 SHAPES_MAX = 4
 """How often one reading may find the lease to be of another size than the one before."""
-NUMBERS_END = 1 << 63
-"""No version and no ballot number gets there by counting."""
 
 
 class Hold(enum.Enum):
@@ -47,8 +45,8 @@ class Hold(enum.Enum):
 
 @dataclass(frozen=True)
 class _Survey:
-    """What the first reading of an attempt found: the leader, this host's own sector, the highest mbal, and the
-    highest version that any host has entered.
+    """What the first reading of an attempt found: the leader, this host's own sector, the highest mbal, and
+    the highest version that any host has entered.
     """
 
     leader: Leader
@@ -123,7 +121,8 @@ class Resource:
         self.leader, self.hold, self.unsettled = mine, Hold.EXCLUSIVE, False
 
     async def _acquire_shared(self, give_up_at: float) -> None:
-        for attempt in range(SHARED_ATTEMPTS_MAX + 1):
+        retries = 0
+        while True:
             try:
                 mine, _ = await self._win(sectors.NOT_SHARED, give_up_at, short=True)
                 break
@@ -131,8 +130,9 @@ class Resource:
                 short = refusal.leader is not None and refusal.leader.flags & sectors.SHORT_HOLD
                 if refusal.result not in _SHORT_CONFLICTS or not short:
                     raise
-                if attempt == SHARED_ATTEMPTS_MAX:
+                if retries == SHARED_RETRIES_MAX:
                     raise Refused(Result.SHARED_RETRIES, str(refusal), leader=refusal.leader) from refusal
+            retries += 1
             await self._back_off(give_up_at)
         await self._share(mine)
         self.leader, self.hold = mine, Hold.SHARED
@@ -150,10 +150,9 @@ class Resource:
         for _ in range(ROUNDS_MAX):
             survey = await self._survey()
             won = None
-            verdict, in_hand = Verdict.GONE, False
-            if not survey.is_behind:
-                verdict, in_hand = await self._takeable(survey.leader, give_up_at)
+            verdict, in_hand = await self._takeable(survey.leader, give_up_at)
             if verdict is Verdict.GONE:
+                in_hand = in_hand and not survey.is_behind
                 won = await self._contend(survey, mode, give_up_at, in_hand=in_hand, short=short)
             if won is None:
                 if self._lockspace.clock.now() >= give_up_at > 0:
@@ -176,8 +175,8 @@ class Resource:
         size = self.area.shape.sector_size
         for host_id, record in sectors.used_hosts(prefix, size, leader.num_hosts):
             self.area.check(sectors.host_sector(host_id), sectors.check_dblock, record.dblock)
-            self.area.check(sectors.host_sector(host_id), _check_number, record.dblock.mbal)
-            self.area.check(sectors.host_sector(host_id), _check_number, record.dblock.lver)
+            self.area.check_number(sectors.host_sector(host_id), record.dblock.mbal)
+            self.area.check_number(sectors.host_sector(host_id), record.dblock.lver)
             mbal_max = max(mbal_max, record.dblock.mbal)
             lver_max = max(lver_max, record.dblock.lver)
             if host_id == self._lockspace.host_id:
@@ -189,7 +188,7 @@ class Resource:
         for _ in range(SHAPES_MAX):
             prefix = await self.area.read(sectors.LEADER_SECTOR, sectors.host_sector(self._num_hosts) + 1)
             leader = self._checked(sectors.decode_leader(prefix))
-            self.area.check(sectors.LEADER_SECTOR, _check_number, leader.lver)
+            self.area.check_number(sectors.LEADER_SECTOR, leader.lver)
             self.area.check(sectors.LEADER_SECTOR, _check_owner, leader)
             is_whole = leader.geometry == self.area.shape and leader.num_hosts <= self._num_hosts
             self.area, self._num_hosts = self.area.shaped(leader.geometry), leader.num_hosts
@@ -232,7 +231,7 @@ class Resource:
         if cur.timestamp and cur.owner_id == host_id:
             # Where another host committed us, only the mark in our sector frees the lease; a ballot drops it.
             self.unsettled = True
-        let_go = self._stale(survey)
+        may_be_over = self._stale(survey) or survey.is_behind
         step = cur.max_hosts
         mbal = host_id if survey.mbal_max == 0 else survey.mbal_max - survey.mbal_max % step + step + host_id
         accepted = survey.own.dblock if survey.own.dblock.lver == survey.next else Dblock()
@@ -250,7 +249,7 @@ class Resource:
                 await self._back_off(give_up_at)
                 mbal += step
                 continue
-            if (let_go or value.host_id != host_id) and await self._read_leader() != cur:
+            if (may_be_over or value.host_id != host_id) and await self._read_leader() != cur:
                 return None
             return await self._commit(survey, value, sharers, short=short)
         return None
@@ -260,9 +259,7 @@ class Resource:
     ) -> tuple[Value, set[int]]:
         lockspace, num_hosts = self._lockspace, survey.leader.num_hosts
         proposal = Value(lockspace.host_id, lockspace.generation, stamp(lockspace.clock.now()))
-        ballot = Ballot(
-            self.area, lockspace.host_id, num_hosts, survey.next, mbal, proposal, mode, accepted
-        )
+        ballot = Ballot(self.area, lockspace.host_id, num_hosts, survey.next, mbal, proposal, mode, accepted)
         return await ballot.run(self)
 
     def _committed_by_another(self, leader: Leader) -> Leader:
@@ -467,11 +464,6 @@ class Resource:
             self.area.check_size(sectors.LEADER_SECTOR, now)
             await self._write_leader(_freed(now))
         self.unsettled = False
-
-
-def _check_number(number: int) -> None:
-    if number >= NUMBERS_END:
-        raise RecordError(Result.LEADER_INCONSISTENT, f"the number {number} cannot be had by counting")
 
 
 def _check_owner(leader: Leader) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
+from lockfs.errors import LockfsError
+
 
 class SharedDescriptor:
     """Open from `opened` until `close` was called and every use has ended, however late; closed exactly once.
@@ -72,5 +74,5 @@ class SharedDescriptor:
             os.close(descriptor)
 
 
-class FileClosed(Exception):
-    """A use began after the closing."""
+class FileClosed(LockfsError):
+    """A use began after the closing; no defect where nobody waits for it any more."""

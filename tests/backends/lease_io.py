@@ -1,11 +1,11 @@
 """One host's way to the lease area, with faults on demand, and time that passes only while nothing moves.
 
-The fault model: each transfer of the host (a read or a write, of whole sectors, of one file) meets the rules in
-the order in which they were made; the first that matches says what happens. REFUSED: an error of the kernel, no
-byte is moved. STUCK: it does not begin to move data, and nothing can end it, until it is let go; then it
-moves what its buffer has at that moment, or is refused, if it was told so. So a write of which nobody knows
-any more may land minutes later, after writes of other hosts. Whatever no rule matches is the kernel's own,
-on the real file. Hosts share the files and nothing else.
+The fault model: each transfer of the host (a read or a write, of whole sectors, of one file) meets the rules
+in the order in which they were made; the first that matches says what happens. REFUSED: an error of the
+kernel, no byte is moved. STUCK: it does not begin to move data, and nothing can end it, until it is let go;
+then it moves what its buffer has at that moment, or is refused, if it was told so. So a write of which nobody
+knows any more may land minutes later, after writes of other hosts. Whatever no rule matches is the kernel's
+own, on the real file. Hosts share the files and nothing else.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +22,12 @@ from pathlib import Path
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from lockfs.storage.disk import DirectDisk
 from lockfs.storage.rawio import Kernel, RawIO
+from lockfs.storage.workers import Workers
 
-IDLE_S = 0.01
-"""Real seconds without anything to do, no transfer under way either, after which time jumps."""
+IDLE_S = 0.001
+"""Real seconds without anything to do before a look whether time may jump."""
 WAIT_S = 60.0  # only a broken test waits so long; its threads end then
 
 
@@ -51,6 +54,11 @@ class Rule:
         self.error = error
         self._free.set()
 
+    @property
+    def holds(self) -> bool:
+        """Whether it keeps transfers stuck."""
+        return not self._free.is_set()
+
     def stay(self) -> None:
         """Be stuck, in the thread that called."""
         if not self._free.wait(WAIT_S):
@@ -65,7 +73,7 @@ class LeaseIO(RawIO):
         self._lock = threading.Lock()
         self._rules: list[Rule] = []
         self._held: list[Rule] = []
-        self.moving = 0
+        self._stuck: dict[int, tuple[int, Rule]] = {}
         self.log: list[tuple[str, str, int]] = []
 
     def refuse(
@@ -95,6 +103,17 @@ class LeaseIO(RawIO):
         self._held.append(rule)
         return rule
 
+    def hold_nth(self, number: int, name: str) -> Rule:
+        """Let one transfer of a file be stuck: the one after `number` others."""
+        seen = 0
+
+        def where(offset: int) -> bool:
+            nonlocal seen
+            seen += 1
+            return seen == number + 1
+
+        return self.hold("rw", name, where)
+
     def heal(self) -> None:
         """No rule any more; what is stuck is let go."""
         with self._lock:
@@ -118,6 +137,10 @@ class LeaseIO(RawIO):
     def alignment(self, descriptor: int, /) -> int | None:
         return self._kernel.alignment(descriptor)
 
+    def stuck(self) -> dict[int, int]:
+        """The transfers that are stuck, by the workers' calls they are in: their offsets."""
+        return {job: offset for job, (offset, rule) in list(self._stuck.items()) if rule.holds}
+
     @contextlib.contextmanager
     def _moving(self, call: str, descriptor: int, offset: int) -> Iterator[None]:
         name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.split(" ")[0]
@@ -127,16 +150,51 @@ class LeaseIO(RawIO):
             if rule is not None:
                 rule.met += 1
         if rule is not None:
+            job = _job_of_this_thread()
+            self._stuck[job] = offset, rule
             rule.stay()
+            del self._stuck[job]
             if rule.error is not None:
                 raise rule.error
-        with self._lock:
-            self.moving += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.moving -= 1
+        yield
+
+
+def _job_of_this_thread() -> int:
+    """Which of the workers' calls this thread is in, as `id` tells it."""
+    frame = sys._getframe()
+    while frame.f_code is not Workers._serve.__code__:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return id(frame.f_locals["job"])
+
+
+def _tasks(root: trio.lowlevel.Task) -> Iterator[trio.lowlevel.Task]:
+    yield root
+    for nursery in root.child_nurseries:
+        for child in nursery.child_tasks:
+            yield from _tasks(child)
+
+
+_ENDED, _IN_THREAD = Workers._ended.__code__, trio.to_thread.run_sync.__code__
+_AFTER_EARLIER = DirectDisk._after_earlier.__code__
+
+
+def _awaits_a_thread(stuck: dict[int, int]) -> bool:
+    """Whether a task waits for what a thread does, other than a transfer that is stuck.
+
+    What the threads do is not looked at: one may have ended its work and wait to be heard.
+    """
+    root = trio.lowlevel.current_root_task()
+    assert root is not None
+    for task in _tasks(root):
+        for frame, _ in task.iter_await_frames():
+            if frame.f_code is _IN_THREAD:
+                return True
+            if frame.f_code is _ENDED and id(frame.f_locals["job"]) not in stuck:
+                return True
+            if frame.f_code is _AFTER_EARLIER and frame.f_locals["earlier"].start not in stuck.values():
+                return True
+    return False
 
 
 async def pace(ios: Callable[[], Iterable[LeaseIO]]) -> None:
@@ -146,7 +204,7 @@ async def pace(ios: Callable[[], Iterable[LeaseIO]]) -> None:
     clock.autojump_threshold = math.inf
     while True:
         await wait_all_tasks_blocked(IDLE_S)
-        if any(io.moving for io in ios()):
+        if _awaits_a_thread({job: offset for io in ios() for job, offset in io.stuck().items()}):
             continue
         left = trio.lowlevel.current_statistics().seconds_to_next_deadline
         if 0 < left < math.inf:

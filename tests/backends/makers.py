@@ -148,6 +148,7 @@ class PaxosHost(StoreHost):
 
     io: LeaseIO = field(default_factory=LeaseIO)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    running: trio.Lock = field(default_factory=trio.Lock)
 
     @property
     def paxos(self) -> PaxosBackend:
@@ -159,8 +160,18 @@ class PaxosHost(StoreHost):
         self.scope.cancel()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        with self.scope:
-            await self.backend.run(task_status=task_status)
+        async with self.running:
+            with self.scope:
+                await self.backend.run(task_status=task_status)
+
+    async def stop(self) -> None:
+        """End in good order; again is no error."""
+        self.io.heal()
+        self.scope.cancel()
+        with trio.CancelScope(shield=True):
+            async with self.running:
+                self.close()
+                await self.backend.stop()
 
 
 class PaxosMaker:
@@ -252,12 +263,9 @@ class PaxosMaker:
                     failure = error
                 finally:
                     for host in self._hosts:
-                        host.io.heal()
                         host.scope.cancel()
-                    with trio.CancelScope(shield=True):
-                        for host in self._hosts:
-                            host.close()
-                            await host.backend.stop()
+                    for host in self._hosts:
+                        await host.stop()
                 nursery.cancel_scope.cancel()
             if failure is not None:
                 raise failure

@@ -53,10 +53,13 @@ async def layout_of(tmp_path: Path, io: LeaseIO) -> AsyncIterator[MakeLayout]:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pace, lambda: [io])
-        yield make
-        io.heal()
-        for layout in made:
-            await layout.stop()
+        try:
+            yield make
+        finally:
+            io.heal()
+            with trio.CancelScope(shield=True):
+                for layout in made:
+                    await layout.stop()
         nursery.cancel_scope.cancel()
 
 
@@ -129,7 +132,7 @@ async def test_the_lockspace_is_made_once(layout_of: MakeLayout, tmp_path: Path)
 
 async def test_another_lockspace_is_refused(layout_of: MakeLayout) -> None:
     await layout_of(lockspace=b"others").start()
-    with pytest.raises(SetupError, match="'others', not 'lockfs'.*lockspace="):
+    with pytest.raises(SetupError, match=r"'others', not 'lockfs'.*lockspace="):
         await layout_of().start()
 
 
@@ -314,7 +317,8 @@ def large_sectors(tmp_path: Path) -> Iterator[Path]:
         try:
             yield point
         finally:
-            subprocess.run(["umount", point], check=True)
+            # Lazily: a test that failed may still have files open there.
+            subprocess.run(["umount", "-l", point], check=True)
     finally:
         subprocess.run(["losetup", "-d", device], check=True)
 

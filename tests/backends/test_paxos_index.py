@@ -1,12 +1,12 @@
-"""Leases found through sanlock's resource index: made once, removed, their slots used again; and what a failing
-storage leaves of a change.
+"""Leases found through sanlock's resource index: made once, removed, their slots used again; and what a
+failing storage leaves of a change.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -18,9 +18,9 @@ from lockfs.backends.paxos.index import IndexLayout
 from lockfs.backends.paxos.options import PaxosOptions
 from lockfs.backends.paxos.places import Place
 from lockfs.errors import BackendError, SetupError
-from lockfs.paxos.area import Area
+from lockfs.paxos.errors import LockspaceFailed
 from lockfs.paxos.lockspace import Lockspace
-from lockfs.paxos.resource import Hold, Resource
+from lockfs.paxos.resource import Resource
 from lockfs.paxos.seams import DiskError, DiskTimeout
 from lockfs.records import sectors
 from lockfs.records.geometry import MIB, geometry
@@ -55,6 +55,14 @@ class Host:
     io: LeaseIO
     lockspace: Lockspace
     random: Random
+    renewing: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    async def renew(self) -> None:
+        """Stay a member, until `renewing` is cancelled."""
+        with self.renewing:
+            while True:
+                await trio.sleep(max(0.0, self.lockspace.renewal_due - trio.current_time()))
+                await self.lockspace.renew()
 
     async def make(self, number: int) -> Place:
         return await self.layout.make(image(number), soon())
@@ -69,8 +77,9 @@ class Host:
 class Hosts:
     """Hosts 1, 2, ... of one area."""
 
-    def __init__(self, area: Path) -> None:
+    def __init__(self, area: Path, nursery: trio.Nursery) -> None:
         self.area = area
+        self._nursery = nursery
         self.made: list[Host] = []
 
     async def add(self) -> Host:
@@ -87,6 +96,7 @@ class Hosts:
         await lockspace.join()
         await lockspace.renew()
         layout.lockspace = lockspace
+        self._nursery.start_soon(host.renew)
         return host
 
 
@@ -94,13 +104,17 @@ class Hosts:
 async def hosts(tmp_path: Path) -> AsyncIterator[Hosts]:
     """An area with room for 32 leases, and no host yet."""
     make_index_area(tmp_path / "area")
-    made = Hosts(tmp_path / "area")
     async with trio.open_nursery() as nursery:
+        made = Hosts(tmp_path / "area", nursery)
         nursery.start_soon(pace, lambda: [host.io for host in made.made])
-        yield made
-        for host in made.made:
-            host.io.heal()
-            await host.layout.stop()
+        try:
+            yield made
+        finally:
+            with trio.CancelScope(shield=True):
+                for host in made.made:
+                    host.io.heal()
+                    host.renewing.cancel()
+                    await host.layout.stop()
         nursery.cancel_scope.cancel()
 
 
@@ -118,9 +132,9 @@ def leader_at(area: Path, offset: int) -> sectors.Leader:
 
 
 async def index_is_free(host: Host) -> bool:
-    """Whether a host could change the index now."""
+    """Whether a host can change the index, if it tries for a while."""
     try:
-        await host.layout._lock_index(trio.current_time())
+        await host.layout._lock_index(soon())
     except BackendError:
         return False
     await host.layout._unlock_index()
@@ -172,7 +186,7 @@ async def test_a_full_index_says_what_to_do(hosts: Hosts) -> None:
     for number in range(1, AREA_LEASES + 1):
         await host.make(number)
     before = hosts.area.read_bytes()[INDEX : 2 * INDEX]
-    with pytest.raises(BackendError, match="All 32 leases of .* are taken.*lockfsctl gc"):
+    with pytest.raises(BackendError, match=r"All 32 leases of .* are taken.*lockfsctl gc"):
         await host.make(99)
     assert hosts.area.read_bytes()[INDEX : 2 * INDEX] == before
     assert await index_is_free(host)
@@ -212,6 +226,16 @@ async def test_a_damaged_index_is_refused(hosts: Hosts) -> None:
         file.write(header.encode())
     with pytest.raises(RecordError, match="resources"):
         await host.make(1)
+
+
+async def test_of_a_name_that_is_there_twice_the_first_counts(hosts: Hosts) -> None:
+    """As with sanlock, so that both go to one place."""
+    one, other = await hosts.add(), await hosts.add()
+    first = await one.make(1)
+    with open(hosts.area, "r+b") as file:
+        file.seek(ENTRIES + 64 * 5)
+        file.write(sectors.IndexEntry(FIRST_SLOT + 5 * MIB, 0, sectors.name_field(name_of(1))).encode())
+    assert (await other.make(1)).area.offset == first.area.offset
 
 
 # --- remove
@@ -255,7 +279,9 @@ async def test_a_slot_is_used_again(hosts: Hosts) -> None:
 
 
 async def test_a_slow_write_keeps_the_index(hosts: Hosts) -> None:
-    """While the area of a new lease may still land, nobody else gets its slot: it would be emptied while held."""
+    """While the area of a new lease may still land, nobody else gets its slot, to have it emptied while
+    held.
+    """
     one, other = await hosts.add(), await hosts.add()
     stuck = one.io.hold("w", where=lambda offset: offset == FIRST_SLOT)
     with trio.move_on_after(2.0):
@@ -263,8 +289,6 @@ async def test_a_slow_write_keeps_the_index(hosts: Hosts) -> None:
     assert entry(hosts.area, 0) == sectors.FREE_ENTRY
     for _ in range(3):
         await one.layout.settle()
-        await one.lockspace.renew()
-        await other.lockspace.renew()
         with pytest.raises(BackendError, match="is being changed"):
             await other.make(2)
     one.io.drop(stuck)
@@ -284,7 +308,7 @@ async def test_a_slow_entry_keeps_the_index(hosts: Hosts) -> None:
     with pytest.raises(DiskTimeout):
         await one.make(1)
     assert not await index_is_free(other)
-    with pytest.raises(BackendError, match="a former change has not ended"):
+    with pytest.raises(BackendError, match="earlier write"):
         await one.make(3)
     stuck.let_go()
     await one.layout.settle()
@@ -322,26 +346,17 @@ async def test_nothing_is_changed_in_doubt(hosts: Hosts) -> None:
     may have the index, and hold what is in the slot.
     """
     one, other = await hosts.add(), await hosts.add()
-    held = one.io.hold("r", where=lambda offset: offset == INDEX, times=3)
-    raised: list[BaseException] = []
-
-    async def make() -> None:
-        try:
-            await one.make(1)
-        except BackendError as error:
-            raised.append(error)
-
-    held.let_go()
-    one.io.heal()
     await one.layout._lock_index(soon())
+    one.renewing.cancel()
     await trio.sleep(one.lockspace.timing.fails + 1.0)
-    with pytest.raises(BackendError, match="cannot be used now"):
+    with pytest.raises(LockspaceFailed, match="cannot be used now"):
         await one.layout._add(name_of(1))
-    assert entry(hosts.area, 0) == sectors.FREE_ENTRY
-    await other.lockspace.renew()
     await trio.sleep(one.lockspace.timing.dead)
-    assert not raised
-    assert Area(other.lockspace.area.disk, 0, geometry(512, MIB), 1.0).offset == 0
-    assert Hold.NONE.value == "none"
-    await make()
-    assert raised
+    place = await other.make(2)
+    resource = await other.take(place)
+    with pytest.raises(LockspaceFailed):
+        await one.layout._add(name_of(1))
+    await one.layout._unlock_index()
+    assert leader_at(hosts.area, FIRST_SLOT).owner_id == 2
+    assert entry(hosts.area, 0).name == name_of(2)
+    await resource.release()

@@ -10,11 +10,25 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lockfs.backends.fcntl import FcntlOptions
+from lockfs.backends.paxos.options import LayoutKind, PaxosOptions
 from lockfs.cli import options, words
 from lockfs.errors import UsageError
 from lockfs.keeper.policy import Local, Policy, Readers
 from lockfs.mirror.modes import IoMode
 from lockfs.mount.options import MountOptions
+
+PAXOS_WORDS = (
+    "host_id=1",
+    "lease_area=/l",
+    "lockspace=a",
+    "io_timeout=10",
+    "watchdog_timeout=60",
+    "sector=512",
+    "align=1",
+    "layout=auto",
+    "join=later",
+    "state_dir=/s",
+)
 
 
 def parsed(*argv: str) -> MountOptions:
@@ -66,6 +80,33 @@ def test_defaults() -> None:
         ("defaults,rw,suid,dev,exec,async,auto,nouser,_netdev,nofail,x-systemd.automount", "mount_flags", 0),
         ("comment=what,user=joe,x-a.b=c,,users,owner,group,noauto,ro,ro", "mount_flags", 1),
         ("wait=3,wait=3.0", "policy", Policy()),
+        ("backend=paxos", "backend", "paxos"),
+        ("backend=paxos", "paxos", PaxosOptions()),
+        ("backend=paxos", "io", IoMode.AUTO),
+        ("backend=paxos,io=daemon", "io", IoMode.DAEMON),
+        ("backend=paxos,host_id=1", "paxos", PaxosOptions(host_id=1)),
+        ("backend=paxos,host_id=2000", "paxos", PaxosOptions(host_id=2000)),
+        ("lease_area=/dev/vg/a,backend=paxos", "paxos", PaxosOptions(lease_area="/dev/vg/a")),
+        ("backend=paxos,lockspace=a.B-c_9", "paxos", PaxosOptions(lockspace="a.B-c_9")),
+        ("backend=paxos,lockspace=" + "n" * 48, "paxos", PaxosOptions(lockspace="n" * 48)),
+        (
+            "backend=paxos,io_timeout=1,watchdog_timeout=10",
+            "paxos",
+            PaxosOptions(io_timeout=1, watchdog_timeout=10),
+        ),
+        ("backend=paxos,io_timeout=60", "paxos", PaxosOptions(io_timeout=60)),
+        ("backend=paxos,sector=4096,align=8", "paxos", PaxosOptions(sector=4096, align=8 << 20)),
+        ("backend=paxos,layout=index", "paxos", PaxosOptions(layout=LayoutKind.INDEX)),
+        (
+            "backend=paxos,layout=libvirt,lease_area=/l,lock_path=/i",
+            "paxos",
+            PaxosOptions(layout=LayoutKind.LIBVIRT, lease_area="/l", lock_path="/i"),
+        ),
+        ("backend=paxos,join=wait", "paxos", PaxosOptions(join_wait=True)),
+        ("backend=paxos,join=later", "paxos", PaxosOptions()),
+        ("backend=paxos,state_dir=/s", "paxos", PaxosOptions(state_dir="/s")),
+        ("backend=paxos,io=passthrough,unsafe_no_fence", "io", IoMode.PASSTHROUGH),
+        ("backend=paxos,unsafe_no_fence", "paxos", PaxosOptions(unsafe_no_fence=True)),
     ],
 )
 def test_options_are_understood(text: str, field: str, value: object) -> None:
@@ -80,7 +121,7 @@ def test_options_are_understood(text: str, field: str, value: object) -> None:
         ("frobnicate", "frobnicate"),
         ("io=fast", "io=.*auto, passthrough, guarded, daemon"),
         ("io", "io needs a value"),
-        ("backend=paxos9", "fcntl, nop"),
+        ("backend=paxos9", "fcntl, .*nop"),
         ("wait=-1", "wait=.*0 to 3600"),
         ("wait=nan", "wait"),
         ("wait=inf", "wait"),
@@ -106,6 +147,37 @@ def test_options_are_understood(text: str, field: str, value: object) -> None:
         ("subtype=a.b", "subtype"),
         ("max_read=12", "max_read.*4096"),
         ("max_read=99999999999999999999", "max_read"),
+        ("backend=paxos,host_id=0", "host_id=.*1 to 2000"),
+        ("backend=paxos,host_id=2001", "host_id"),
+        ("backend=paxos,host_id=\u0661", "host_id"),
+        ("backend=paxos,host_id=", "host_id"),
+        ("backend=paxos,host_id=1,host_id=2", "host_id= is given twice"),
+        ("backend=paxos,lease_area=a", "lease_area.*absolute"),
+        ("backend=paxos,state_dir=", "state_dir.*absolute"),
+        ("backend=paxos,lockspace=", "lockspace"),
+        ("backend=paxos,lockspace=" + "n" * 49, "lockspace.*48"),
+        ("backend=paxos,lockspace=a b", "lockspace"),
+        ("backend=paxos,io_timeout=0", "io_timeout=.*1 to 60"),
+        ("backend=paxos,io_timeout=61", "io_timeout"),
+        ("backend=paxos,io_timeout=1.5", "io_timeout.*whole"),
+        ("backend=paxos,watchdog_timeout=9", "watchdog_timeout=.*10 to 600"),
+        ("backend=paxos,watchdog_timeout=601", "watchdog_timeout"),
+        ("backend=paxos,sector=1024", "sector=.*512, 4096"),
+        ("backend=paxos,align=3", "align=.*1, 2, 4, 8"),
+        ("backend=paxos,layout=files2", "layout=.*auto, files, index, libvirt"),
+        ("backend=paxos,layout=libvirt,lease_area=/l", "needs lock_path="),
+        ("backend=paxos,lock_path=/i", "lock_path= is for layout=libvirt"),
+        ("backend=paxos,join=never", "join=.*wait, later"),
+        ("backend=paxos,io=passthrough", "io=guarded, or unsafe_no_fence"),
+        ("backend=paxos,unsafe_no_fence=yes", "unsafe_no_fence takes no value"),
+        ("backend=paxos,virtlockd=on", "backend=fcntl"),
+        ("backend=paxos,qemu=on", "backend=fcntl"),
+        ("backend=paxos,lock_dir=/l,lock_path=/i", "lock_dir= needs backend=fcntl"),
+        ("unsafe_no_fence", "needs backend=paxos"),
+        ("backend=nop,unsafe_no_fence", "needs backend=paxos"),
+        *((f"{word}", f"{word.partition('=')[0]}= needs backend=paxos") for word in PAXOS_WORDS),
+        *((f"backend=nop,{word}", f"{word.partition('=')[0]}= needs backend=paxos") for word in PAXOS_WORDS),
+        ("backend=nop,lock_path=/i", "lock_path= needs backend=fcntl"),
         ("ro,rw", "ro and rw contradict"),
         ("nosuid,noatime,suid", "nosuid and suid contradict"),
         ("ro=1", "ro takes no value"),
@@ -156,6 +228,7 @@ def test_texts(argv: list[str]) -> None:
     assert made.options is None
     assert made.text
     assert all(f"{name}=" in options.USAGE for name in options._OWN)
+    assert options._NO_FENCE in options.USAGE
 
 
 def test_mount_helper() -> None:
@@ -174,7 +247,10 @@ def test_mount_helper() -> None:
 
 
 _PIECES = st.sampled_from(
-    [*options._OWN, *words.FLAG_WORDS, "=", ",", "\\", ":", "/", "x-", "on", "1", "9" * 400]
+    [
+        *(*options._OWN, *words.FLAG_WORDS, options._NO_FENCE, "backend=paxos,", *PAXOS_WORDS),
+        *("=", ",", "\\", ":", "/", "x-", "on", "1", "9" * 400),
+    ]
 )
 _STRINGS = st.one_of(
     st.text(max_size=80),
@@ -200,6 +276,52 @@ def test_any_command_line(argv: list[str]) -> None:
             assert (made.options is None) != (made.text is None)
 
 
+def _check_paxos(made: MountOptions) -> None:
+    """What no accepted command line may lead to, whatever the backend."""
+    paxos = made.paxos
+    if made.backend != "paxos":
+        assert paxos == PaxosOptions(lock_path=paxos.lock_path)  # which the fcntl backend has as well
+        return
+    assert made.io is not IoMode.PASSTHROUGH or paxos.unsafe_no_fence
+    assert paxos.host_id is None or 1 <= paxos.host_id <= 2000
+    assert 1 <= paxos.io_timeout <= 60
+    assert 10 <= paxos.watchdog_timeout <= 600
+    assert paxos.lockspace is None or re.fullmatch("[A-Za-z0-9._-]{1,48}", paxos.lockspace)
+    assert (paxos.lock_path is None) == (paxos.layout is not LayoutKind.LIBVIRT)
+    for path in (paxos.lease_area, paxos.state_dir, paxos.lock_path):
+        assert path is None or (path.startswith("/") and "\0" not in path)
+
+
+_PAXOS_PIECES = st.lists(
+    st.sampled_from(
+        [
+            *(
+                *PAXOS_WORDS,
+                "io=passthrough",
+                "io=daemon",
+                options._NO_FENCE,
+                "layout=libvirt",
+                "layout=index",
+            ),
+            *("lock_path=/i", "host_id=2001", "io_timeout=61", "sector=4096", "align=8", "backend=nop", "ro"),
+        ]
+    ),
+    max_size=8,
+)
+
+
+@given(_PAXOS_PIECES)
+def test_any_choice_of_paxos_options(pieces: list[str]) -> None:
+    """Whatever is combined: a mount within the bounds, or one sentence."""
+    try:
+        made = with_o(",".join(["backend=paxos", *pieces]))
+    except UsageError as error:
+        assert "\n" not in str(error)
+        return
+    assert made.backend == "paxos"
+    _check_paxos(made)
+
+
 @given(_STRINGS)
 def test_any_option_string(text: str) -> None:
     """Whatever stands behind -o: what is accepted is within the bounds of every field."""
@@ -212,4 +334,5 @@ def test_any_option_string(text: str) -> None:
     assert made.read_only == bool(made.mount_flags & words.MS_RDONLY)
     assert re.fullmatch("[A-Za-z0-9._-]+", made.host)
     assert "\0" not in made.fsname
+    _check_paxos(made)
     assert all(re.fullmatch("allow_other|max_read=[0-9]+", word) for word in made.kernel_options)

@@ -6,9 +6,10 @@ time out, whatever was put on the calendar (`World.at`) happens. A rule (`HostDi
 of one host, of all or of one kind at one place, and its fate: REFUSED (EIO, nothing changed), REFUSED_LANDED
 (EIO, and yet it landed), LOST (timed out, never lands), LATE (timed out, lands `after` seconds after that),
 CANCELLED (the caller is cancelled before the I/O is issued), CANCELLED_LANDED (just after it landed),
-CANCELLED_LATE (lands `after` seconds later). As the contract of `Disk` says, an I/O waits for this host's late
-writes that it overlaps. `HostDisk.before` has something happen just before such an I/O: the steps of another
-host, in between. Storage that invents, duplicates or tears sectors is not modelled; `World.put` is for that.
+CANCELLED_LATE (lands `after` seconds later). As the contract of `Disk` says, an I/O waits for this host's
+late writes that it overlaps. `HostDisk.before` has something happen just before such an I/O: the steps of
+another host, in between. Storage that invents, duplicates or tears sectors is not modelled; `World.put` is
+for that.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class _Rule:
     fate: Fate | None = None
     after: float = 0.0
     action: Callable[[], object] = lambda: None
+    slow: float = 0.0
 
 
 @dataclass(eq=False)
@@ -121,6 +123,10 @@ class World:
         """Have these bytes there."""
         self.data[offset : offset + len(data)] = data
 
+    def sector(self, offset: int) -> bytes:
+        """The first 512 bytes of one."""
+        return bytes(self.data[offset : offset + 512])
+
     def make(self, *, num_hosts: int = NUM_HOSTS, io_timeout: int = 1) -> World:
         """Initialise a lockspace and a lease."""
         self.put(0, sectors.new_lockspace(self.shape, SPACE, io_timeout))
@@ -130,7 +136,7 @@ class World:
 
     def leader(self) -> Leader:
         """The lease's."""
-        return sectors.decode_leader(self.data[self.shape.area_size :])
+        return sectors.decode_leader(self.sector(self.shape.area_size))
 
     def change_leader(self, leader: Leader) -> None:
         """Have another, with a right checksum."""
@@ -138,7 +144,7 @@ class World:
 
     def record(self, host_id: int) -> HostRecord:
         """A host's sector in the lease."""
-        return sectors.decode_host(self.data, self.host_offset(host_id))
+        return sectors.decode_host(self.sector(self.host_offset(host_id)))
 
     def host_offset(self, host_id: int) -> int:
         """Where that is."""
@@ -150,7 +156,7 @@ class World:
 
     def delta(self, host_id: int) -> Leader:
         """A host's delta lease."""
-        return sectors.decode_leader(self.data[self.delta_offset(host_id) :])
+        return sectors.decode_leader(self.sector(self.delta_offset(host_id)))
 
     def delta_offset(self, host_id: int) -> int:
         """Where that is."""
@@ -194,6 +200,7 @@ class HostDisk(Disk):
         self._host = host
         self._rules: list[_Rule] = []
         self._pending: list[_Pending] = []
+        self._slow = 0.0
 
     @property
     def name(self) -> str:
@@ -211,6 +218,10 @@ class HostDisk(Disk):
     ) -> None:
         """`action` happens just before the n-th such I/O."""
         self._rules.append(_Rule(op, offset, nth, None, 0.0, action))
+
+    def slow(self, seconds: float, op: str = "", offset: int | None = None, *, nth: int = 1) -> None:
+        """The n-th such I/O does what it does at its call, and returns so much later."""
+        self._rules.append(_Rule(op, offset, nth, slow=seconds))
 
     def no_more_faults(self) -> None:
         """Forget rules that have not come true."""
@@ -245,7 +256,7 @@ class HostDisk(Disk):
                 if not rule.left:
                     self._rules.remove(rule)
                     rule.action()
-                    fate, after = rule.fate or fate, rule.after
+                    fate, after, self._slow = rule.fate or fate, rule.after, rule.slow
         self._wait_for_late_ones(io, timeout)
         self._world.io.append(io)
         return fate, after
@@ -268,6 +279,8 @@ class HostDisk(Disk):
         self._world.at(write.land_at, land)
 
     def _end(self, fate: Fate | None, timeout: float) -> None:
+        slow, self._slow = self._slow, 0.0
+        self._world.advance(slow)
         if fate in (Fate.REFUSED, Fate.REFUSED_LANDED):
             raise DiskError(errno.EIO, "refused")
         if fate in (Fate.LOST, Fate.LATE):
@@ -315,9 +328,7 @@ class Host:
         self.clock = HostClock(self.world)
         self.name = self.name or b"host%d" % self.host_id
         area = Area(self.disk, 0, self.world.lockspace_shape, self.timing.io_timeout)
-        self.lockspace = Lockspace(
-            area, SPACE, self.host_id, self.name, clock=self.clock, timing=self.timing
-        )
+        self.lockspace = Lockspace(area, SPACE, self.host_id, self.name, clock=self.clock, timing=self.timing)
         self.world.hosts.append(self)
 
     def join(self) -> Host:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -79,13 +80,13 @@ def test_alone() -> None:
     ],
     ids=["old proposal", "old version", "lower", "no value", "no ballot"],
 )
-def test_what_does_not_count(other: dict[str, int]) -> None:
+def test_what_does_not_count(other: dict[str, Any]) -> None:
     """Older versions whatever their numbers, lower ballots, and what is no proposal."""
     assert Table().show(1, **other).run()[0] == PROPOSAL
 
 
 @pytest.mark.parametrize("other", [{"mbal": 1, "lver": LVER + 1}, {"mbal": MBAL + 1, "lver": LVER}])
-def test_lost_in_either_phase(other: dict[str, int]) -> None:
+def test_lost_in_either_phase(other: dict[str, Any]) -> None:
     """To a later version, or to a higher number."""
     Table().show(3, **other).lost(writes=1)
     table = Table()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from lockfs.paxos.area import Area
+from lockfs.paxos.area import NUMBERS_END, Area
 from lockfs.paxos.errors import EngineError, IdInUse, LockspaceFailed
 from lockfs.paxos.lockspace import CONFLICT_LOOK_S, Standing, find_lockspace, free_ids, stamp, survey
 from lockfs.paxos.seams import DiskError, DiskTimeout
@@ -125,9 +126,11 @@ def test_an_owner_that_is_alive_is_noticed_early() -> None:
     owned(world)
     keep_changing(world, 1, 7)
     host = Host(world, 1)
-    with pytest.raises(IdInUse, match=r"host id 1 of lockspace 'images' is in use by host 'other' \(-262\)") as e:
+    sentence = r"host id 1 of lockspace 'images' is in use by host 'other' \(-262\)"
+    with pytest.raises(IdInUse, match=sentence) as caught:
         run(host.lockspace.join())
-    assert (e.value.result, e.value.host_id, e.value.host_name) == (Result.ID_IN_USE, 1, b"other")
+    error = caught.value
+    assert (error.result, error.host_id, error.host_name) == (Result.ID_IN_USE, 1, b"other")
     assert world.now <= START_S + 7 + CONFLICT_LOOK_S
     assert not world.writes()
     assert not host.lockspace.joined
@@ -148,9 +151,7 @@ def test_an_owner_whose_place_is_taken_and_left_meanwhile() -> None:
     """Another was quicker: its generation must not be given twice."""
     world = World().make()
     leader = owned(world)
-    world.at(
-        START_S + 5, lambda: world.change_delta(1, replace(leader, timestamp=0, owner_generation=6))
-    )
+    world.at(START_S + 5, lambda: world.change_delta(1, replace(leader, timestamp=0, owner_generation=6)))
     with pytest.raises(IdInUse):
         run(Host(world, 1).lockspace.join())
     assert not world.writes()
@@ -161,11 +162,12 @@ def test_a_renewal_that_lands_while_the_last_look_is_under_way() -> None:
     world = World().make()
     leader = owned(world)
     host = Host(world, 1)
-    slow = START_S + FAST.dead - 0.5
-    world.at(slow, lambda: host.disk.before(lambda: world.advance(1.0), "read", 0))
-    world.at(slow + 1.5, lambda: world.change_delta(1, replace(leader, timestamp=78)))
+    end = START_S + FAST.dead
+    world.at(end - 2.5, lambda: host.disk.slow(3.0, "read", 0))
+    world.at(end - 1, lambda: world.change_delta(1, replace(leader, timestamp=78)))
     with pytest.raises(IdInUse):
         run(host.lockspace.join())
+    assert world.now > end
 
 
 @pytest.mark.parametrize(
@@ -175,9 +177,10 @@ def test_a_renewal_that_lands_while_the_last_look_is_under_way() -> None:
         ({"version": 0x00040000}, Result.LEADER_VERSION),
         ({"space_field": sectors.name_field(b"x")}, Result.LEADER_SPACE_NAME),
         ({"sector_size": 4096}, Result.LEADER_SECTOR_SIZE),
+        ({"owner_generation": NUMBERS_END}, Result.LEADER_INCONSISTENT),
     ],
 )
-def test_a_record_that_is_none(change: dict[str, int], result: Result) -> None:
+def test_a_record_that_is_none(change: dict[str, Any], result: Result) -> None:
     """It is named by its sector, and nothing is written; a renewal that finds it is the last."""
     world = World().make()
     host, other = Host(world, 3), Host(world, 2).join()
@@ -274,13 +277,13 @@ def test_a_renewal() -> None:
     record = world.delta(1)
     assert (record.timestamp, record.intact) == (int(world.now), True)
     assert (record.write_id, record.write_generation, record.write_timestamp) == (4, 5, 6)
-    assert sectors.bitmap_of(world.data) == sectors.bitmap_with(frozenset({9}))
+    assert sectors.bitmap_of(world.sector(0)) == sectors.bitmap_with(frozenset({9}))
     assert lockspace.renewed_at == world.now
     assert lockspace.write_until == world.now + 8
     assert lockspace.taken_from == world.now + 68
     world.advance(5.9)
     run(lockspace.renew())
-    assert sectors.in_bitmap(sectors.bitmap_of(world.data), 9) is False  # 6 io_timeout after the call
+    assert sectors.in_bitmap(sectors.bitmap_of(world.sector(0)), 9) is False  # 6 io_timeout after the call
 
 
 def test_a_renewal_has_as_long_as_it_could_matter() -> None:
@@ -319,7 +322,7 @@ def test_not_joined() -> None:
      {"resource_field": b"host1\0x".ljust(48, b"\0")}],
 )  # fmt: skip
 @pytest.mark.parametrize("after_failure", [False, True])
-def test_an_id_that_was_taken(change: dict[str, int], after_failure: bool) -> None:
+def test_an_id_that_was_taken(change: dict[str, Any], after_failure: bool) -> None:
     """The host stops at once, for good, and writes nothing any more; leaving neither."""
     world, host = joined()
     if after_failure:
@@ -443,11 +446,18 @@ def test_a_host_suspended_between_pass_and_write() -> None:
 
 @pytest.mark.parametrize(
     ("own", "other", "watchdog", "comeback"),
-    [(1, 1, 60, 38), (1, 40, 60, 68 - 45), (1, 60, 60, 8), (10, 10, 10, 80), (10, 10, 60, 110), (20, 20, 60, 190)],
+    [
+        (1, 1, 60, 38),
+        (1, 40, 60, 68 - 45),
+        (1, 60, 60, 8),
+        (10, 10, 10, 80),
+        (10, 10, 60, 110),
+        (20, 20, 60, 190),
+    ],
 )
 def test_how_late_is_too_late(own: int, other: int, watchdog: int, comeback: float) -> None:
-    """Half the watchdog time before others may take over, or the longest I/O of any host and some seconds; but
-    never less than 8 io_timeout."""
+    """Half the watchdog time before others may take over, or the longest I/O of any host and some seconds;
+    but never less than 8 io_timeout."""
     timing = Timing(own, watchdog)
     assert max(timing.fails, timing.comeback(max(own, other))) == comeback
     assert SAFETY_S == 5
@@ -516,9 +526,9 @@ def test_leaving_long_after_a_join_was_cut_short() -> None:
     with pytest.raises(Cancelled):
         run(host.lockspace.join())
     world.advance(FAST.fails)
-    before = len(world.io)
+    before = len(world.writes())
     run(host.lockspace.leave())
-    assert len(world.io) == before
+    assert len(world.writes()) == before
 
 
 def test_leaving_after_a_join_that_another_overwrote() -> None:
@@ -548,7 +558,7 @@ def test_leaving_after_a_join_whose_write_was_late(after: float, freed: bool) ->
 
 
 def test_two_joiners_of_which_one_stands_still() -> None:
-    """Between its look and its write the other joins and takes leases: it must not get the id, nor free it."""
+    """Between its look and its write the other joins: it must not get the id, nor free it."""
     world = World().make()
     slow, quick = Host(world, 1, TEN), Host(world, 1, name=b"quick")
     slow.disk.before(lambda: run(quick.lockspace.join()), "write")
@@ -561,6 +571,21 @@ def test_two_joiners_of_which_one_stands_still() -> None:
 
 
 # --- reports and searching
+
+
+def test_abandoning() -> None:
+    """A membership that was given up is lost for good, and nothing is written under it any more."""
+    world = World().make()
+    host = Host(world, 1)
+    run(host.lockspace.join())
+    run(host.lockspace.renew())
+    host.lockspace.abandon("the area was replaced")
+    assert (host.lockspace.standing(), host.lockspace.why_lost) == (Standing.LOST, "the area was replaced")
+    before = world.delta(1)
+    with pytest.raises(LockspaceFailed):
+        run(host.lockspace.renew())
+    run(host.lockspace.leave())
+    assert world.delta(1) == before
 
 
 def test_hosts() -> None:

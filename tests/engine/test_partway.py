@@ -96,6 +96,12 @@ def overtaken(scene: Scene) -> None:
     scene.one.disk.before(overtake, "read", MIB, nth=3)
 
 
+def shared_and_overtaken(scene: Scene) -> None:
+    """Held shared; the ballot of the conversion will be committed by the other."""
+    shared(scene)
+    overtaken(scene)
+
+
 def conversion_failed(scene: Scene) -> None:
     """Held shared, with the leader not freed."""
     exclusive(scene)
@@ -124,7 +130,7 @@ OPERATIONS: dict[str, tuple[Callable[[Scene], None], Callable[[Scene], None]]] =
     "settle": (conversion_failed, lambda scene: run(scene.mine.settle())),
     "convert up": (shared, lambda scene: run(scene.mine.convert(shared=False))),
     "convert up, overtaken": (
-        lambda scene: (shared(scene), overtaken(scene)) and None,
+        shared_and_overtaken,
         lambda scene: run(scene.mine.convert(shared=False, give_up_at=FOREVER)),
     ),
     "convert up, not alone": (shared_by_both, lambda scene: run(scene.mine.convert(shared=False))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def held(*, shared: bool = False) -> tuple[World, Host, Resource]:
 def test_order_and_content() -> None:
     """The own sector with the mark, then a look at the leader, then the leader."""
     world, one, resource = held()
-    before, leader, kept = len(world.io), world.leader(), world.record(1).dblock
+    leader, kept = world.leader(), world.record(1).dblock
     world.advance(1.5)
     before = len(world.io)
     run(resource.release())
@@ -64,7 +65,7 @@ def test_a_leader_that_another_host_wrote() -> None:
         ({"unused1": 2}, Result.RELEASE_OWNER),
     ],
 )
-def test_a_leader_that_is_no_longer_as_we_took_it(change: dict[str, int], result: Result) -> None:
+def test_a_leader_that_is_no_longer_as_we_took_it(change: dict[str, Any], result: Result) -> None:
     """It is told, and nothing is written there; there is nothing left to settle."""
     world, _, resource = held()
     world.change_leader(replace(world.leader(), **change))
@@ -78,12 +79,11 @@ def test_a_leader_that_is_no_longer_as_we_took_it(change: dict[str, int], result
 
 def test_a_kept_ballot_for_another_host_is_dropped() -> None:
     """A zero dblock is written in its place."""
-    world, one, resource = held()
+    world, _, resource = held()
     resource._written = replace(resource._written, dblock=Dblock(1, 1, 5, 1, 1, 1).summed())
     run(resource.release())
     assert world.record(1).dblock == Dblock()
     assert world.leader().timestamp == 0
-    del one
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from lockfs.paxos.errors import EngineError, LockspaceFailed, Refused
-from lockfs.paxos.resource import SHARED_ATTEMPTS_MAX, Hold
+from lockfs.paxos.resource import SHARED_RETRIES_MAX, Hold
 from lockfs.paxos.seams import DiskError
 from lockfs.records import sectors
 from lockfs.records.geometry import MIB
 from lockfs.records.results import Result
-from lockfs.records.sectors import Dblock, ModeBlock
+from lockfs.records.sectors import Dblock, Leader, ModeBlock
 from tests.engine.fakes import FAST, Cancelled, Fate, Host, World, run, two_hosts
 
 FOREVER = 1e9
@@ -28,6 +28,12 @@ def owners(world: World) -> tuple[int, list[int]]:
 
 
 # --- sharing
+
+
+def in_passing(world: World) -> Leader:
+    """A leader in the midst of the second host's shared acquire."""
+    leader = replace(world.leader(), owner_id=2, owner_generation=1, timestamp=5, lver=1, write_id=2)
+    return replace(leader, flags=0x10 | sectors.SHORT_HOLD)
 
 
 def test_several_share() -> None:
@@ -51,7 +57,7 @@ def test_several_share() -> None:
 def test_a_shared_attempt_waits_for_another() -> None:
     """Which is over in a moment: the flag in the leader says so."""
     world, one, two = two_hosts()
-    short = replace(world.leader(), owner_id=2, owner_generation=1, timestamp=5, lver=1, write_id=2, flags=0x11)
+    short = in_passing(world)
     world.change_leader(short)
     world.advance(1)
     world.at(world.now + 2.5, lambda: world.change_leader(replace(short, timestamp=0, flags=0x10)))
@@ -63,9 +69,9 @@ def test_a_shared_attempt_waits_for_another() -> None:
 
 
 def test_a_shared_attempt_that_is_never_over() -> None:
-    """After SHARED_ATTEMPTS_MAX retries it ends, with the owner named; without patience at once."""
+    """After SHARED_RETRIES_MAX retries it ends, with the owner named; without patience at once."""
     world, one, two = two_hosts()
-    short = replace(world.leader(), owner_id=2, owner_generation=1, timestamp=5, lver=1, write_id=2, flags=0x11)
+    short = in_passing(world)
     world.change_leader(short)
     world.advance(1)
     one.clock.slept.clear()
@@ -73,7 +79,7 @@ def test_a_shared_attempt_that_is_never_over() -> None:
     with pytest.raises(Refused) as caught:
         run(resource.acquire(shared=True, give_up_at=FOREVER))
     assert caught.value.result is Result.SHARED_RETRIES
-    assert (caught.value.owner_id, len(one.clock.slept)) == (2, SHARED_ATTEMPTS_MAX)
+    assert (caught.value.owner_id, len(one.clock.slept)) == (2, SHARED_RETRIES_MAX)
     with pytest.raises(Refused) as caught:
         run(resource.acquire(shared=True))
     assert caught.value.result is Result.DBLOCK_MBAL
@@ -126,8 +132,12 @@ def test_sharing_that_fails_at_the_end_is_no_hold(fate: Fate, what: str) -> None
     """Whatever is there already: it is undone."""
     world, one, two = two_hosts()
     resource, rival = one.resource(), two.resource()
-    place = {"mode": ("write", world.host_offset(1), 3), "leader": ("write", MIB, 2), "read": ("read", MIB, 4)}
-    op, offset, nth = place[what]
+    places = {
+        "mode": ("write", world.host_offset(1), 3),
+        "leader": ("write", MIB, 2),
+        "read": ("read", MIB, 4),
+    }
+    op, offset, nth = places[what]
     one.disk.fail(fate, op, offset, nth=nth)
     with pytest.raises((DiskError, Cancelled)):
         run(resource.acquire(shared=True))
@@ -322,9 +332,7 @@ def test_to_exclusive_in_contention() -> None:
     world, one, _ = two_hosts()
     resource = one.resource()
     run(resource.acquire(shared=True))
-    one.disk.before(
-        lambda: world.change_record(5, Dblock(mbal=9005, lver=2).summed()), "read", MIB, nth=3
-    )
+    one.disk.before(lambda: world.change_record(5, Dblock(mbal=9005, lver=2).summed()), "read", MIB, nth=3)
     with pytest.raises(Refused):
         run(resource.convert(shared=False))
     assert (resource.hold, resource.unsettled) == (Hold.SHARED, True)

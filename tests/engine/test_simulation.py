@@ -20,7 +20,7 @@ from tests.engine.simulation.scheduler import Scheduler
 SEEDS = int(os.environ.get("LOCKFS_SIM_SEEDS", "300"))
 FIRST = int(os.environ.get("LOCKFS_SIM_FIRST", "0"))
 CHUNK = 25
-MODEST = 200
+MODEST = 50
 """Seeds that are enough for every kind of event to have come up."""
 REPLAYED = (3, 17, 42)
 

@@ -1,4 +1,4 @@
-"""A simulation is worth what it catches: engines with a step left out, each caught within its number of seeds."""
+"""A simulation is worth what it catches: engines with a step missing, each caught within its seeds."""
 
 from __future__ import annotations
 

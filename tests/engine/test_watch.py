@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -24,15 +25,15 @@ class Sky:
         self.other = other
         self.watch = Watch(SPACE, SELF, Timing(1), shape)
 
-    def show(self, now: float, bitmap: bytes = b"", **change: object) -> Sky:
+    def show(self, now: float, bitmap: bytes = b"", **change: Any) -> Sky:
         """Change the other's record and let the watch look."""
         if change:
-            leader = replace(self.world.delta(self.other), **change)  # type: ignore[arg-type]
+            leader = replace(self.world.delta(self.other), **change)
             self.world.change_delta(self.other, leader, bitmap)
         self.watch.observe(bytes(self.world.data[: self.world.shape.area_size]), now)
         return self
 
-    def join(self, now: float, timestamp: int = 1, **change: object) -> Sky:
+    def join(self, now: float, timestamp: int = 1, **change: Any) -> Sky:
         """The other joins."""
         name = sectors.name_field(b"other")
         return self.show(
@@ -107,7 +108,7 @@ def test_an_equal_record_is_silence_whatever_else_the_sector_says() -> None:
 
 
 @pytest.mark.parametrize("change", [{"magic": 1}, {"space_field": sectors.name_field(b"x")}])
-def test_a_damaged_record_is_a_sign_of_life(change: dict[str, object]) -> None:
+def test_a_damaged_record_is_a_sign_of_life(change: dict[str, Any]) -> None:
     """Somebody wrote it. Who it was before stays known."""
     sky = Sky().join(10, io_timeout=2).show(15, timestamp=9, owner_id=5, io_timeout=1, **change)
     sight = sky.watch.sight(OTHER)

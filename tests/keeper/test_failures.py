@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import trio
 
 from lockfs.backends.base import LeaseState, Mode
-from lockfs.errors import BackendError, ImageBusy, Interrupted, LeaseUnavailable
+from lockfs.errors import BackendError, ImageBusy, Interrupted, LeaseUnavailable, errno_of
 from lockfs.keeper.gate import GateState
 from lockfs.keeper.keeper import Access, Grant, Kind
 from lockfs.keeper.openers import Role
@@ -46,6 +48,84 @@ async def test_doubt_that_lasts_pauses_the_guest(a: Host, expect_log: ExpectLog)
     a.backend.turn_to(LeaseState.HELD)
     await a.write(grant)
     await a.keeper.close(grant)
+
+
+async def test_a_write_out_of_time_waits_before_anybody_told_of_the_doubt(
+    a: Host, expect_log: ExpectLog
+) -> None:
+    """The lease's time is over, no event has come: writes wait, and go on when the lease is certain again."""
+    expect_log("WARNING.*in doubt", 1)
+    grant = await a.keeper.open(DISK, opener(1), WRITE)
+    a.backend.set_overdue(True)
+    assert grant.gate.state is GateState.OPEN
+    assert not grant.gate.passable
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(a.write, grant)
+        await trio.sleep(2)
+        assert not a.storage.writing
+        a.backend.turn_to(LeaseState.DOUBT)
+        await trio.sleep(2)
+        assert not a.storage.writing
+        a.backend.set_overdue(False)
+        a.backend.turn_to(LeaseState.HELD)
+    assert trio.current_time() == pytest.approx(4.0)
+    assert grant.gate.passable
+    await a.keeper.close(grant)
+
+
+async def test_a_write_out_of_time_fails_at_its_deadline(a: Host) -> None:
+    """With no event at all it ends as in doubt: LeaseUnavailable (ENOSPC) after `handover_wait`."""
+    grant = await a.keeper.open(DISK, opener(1), WRITE)
+    a.backend.set_overdue(True)
+    with pytest.raises(LeaseUnavailable) as raised:
+        await a.write(grant)
+    assert errno_of(raised.value) == errno.ENOSPC
+    assert trio.current_time() == pytest.approx(10.0)
+    a.backend.set_overdue(False)
+    await a.write(grant)
+    await a.keeper.close(grant)
+
+
+async def test_a_lease_in_time_again_without_an_event(a: Host) -> None:
+    """A write that waited goes on at its deadline at the latest, and later ones at once."""
+    grant = await a.keeper.open(DISK, opener(1), WRITE)
+    a.backend.set_overdue(True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(a.write, grant)
+        await trio.sleep(1)
+        a.backend.set_overdue(False)
+        await a.write(grant)
+        assert trio.current_time() == pytest.approx(1.0)
+    assert trio.current_time() <= 10.0
+    await a.keeper.close(grant)
+
+
+async def test_nothing_is_granted_out_of_time(a: Host) -> None:
+    """An open under a lease whose time is over waits, and fails with BackendError if it stays so."""
+    grant = await a.keeper.open(DISK, opener(1), WRITE)
+    a.backend.set_overdue(True)
+    with pytest.raises(BackendError, match="in doubt"):
+        await a.keeper.open(DISK, opener(1), WRITE)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_open_and_close, a, 1)
+        await trio.sleep(1)
+        a.backend.set_overdue(False)
+    await a.keeper.close(grant)
+
+
+async def test_a_lease_out_of_time_is_lost_like_any_other(a: Host, b: Host, expect_log: ExpectLog) -> None:
+    """The write that waited is refused when the loss is told, not at its deadline."""
+    expect_log("ERROR.*lost", 1)
+    grant = await a.keeper.open(DISK, opener(1), WRITE)
+    a.backend.set_overdue(True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_unavailable, a, grant)
+        await trio.sleep(1)
+        a.backend.turn_to(LeaseState.LOST)
+    assert trio.current_time() == pytest.approx(1.0)
+    other = await b.keeper.open(DISK, opener(2), WRITE)
+    await a.keeper.close(grant)
+    await b.keeper.close(other)
 
 
 async def test_nothing_is_granted_in_doubt(a: Host, expect_log: ExpectLog) -> None:

@@ -16,8 +16,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from lockfs.backends.base import Mode
-from lockfs.keeper.gate import GateState
+from lockfs.backends.base import LeaseState, Mode
+from lockfs.keeper.gate import Gate, GateState
 from lockfs.keeper.grants import Grant, Kind
 from lockfs.keeper.handover import Claims, Yielding
 from lockfs.keeper.images import Record, Turn
@@ -110,6 +110,17 @@ def gates_follow_kind(self: Record, grant: Grant) -> None:
     grant.gate.set(GateState.OPEN)
 
 
+def deaf_to_time(self: Gate, state: GateState, refusal: object = None, in_time: object = None) -> None:
+    """Lets changes in until somebody tells of the doubt."""
+    with self._lock:
+        self.state, self.refusal = state, None
+
+
+def sure_without_time(self: Record) -> bool:
+    """Believes a lease until somebody tells of the doubt."""
+    return self.lease is not None and not self.lost and self.lease.state is LeaseState.HELD
+
+
 def last_come_first_served(self: Record, wish: Wish) -> None:
     """Serves the latest waiter first."""
     self.queue.insert(0, wish)
@@ -155,6 +166,8 @@ MUTANTS: list[tuple[type, str, Any, list[Detector]]] = [
     (Rivals, "_inherited", always_inherited, [opens.test_a_descriptor_without_lease_proves_nothing]),
     (Leases, "changed", deaf_to_events, []),
     (Record, "_set_leased", gates_follow_kind, []),
+    (Gate, "set", deaf_to_time, [failures.test_a_write_out_of_time_fails_at_its_deadline]),
+    (Record, "sure", property(sure_without_time), [failures.test_a_write_out_of_time_fails_at_its_deadline]),
     (Record, "enqueue", last_come_first_served, [opens.test_waiters_are_served_in_order]),
     (Record, "wake", sleeping_waiters, [opens.test_local_close_wakes_the_waiter_at_once]),
     (Waiting, "interrupt", deaf_to_signals, [opens.test_interrupt_ends_the_wait]),
@@ -201,7 +214,7 @@ def caught(detectors: list[Detector]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant[2].__name__)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: getattr(mutant[2], "fget", mutant[2]).__name__)
 def test_a_broken_keeper_is_caught(
     monkeypatch: pytest.MonkeyPatch, mutant: tuple[type, str, Any, list[Detector]]
 ) -> None:

@@ -1,14 +1,14 @@
 """A world for keepers: several hosts over one storage in memory, with faults on demand.
 
-Fault model. The storage is always consistent: it grants EXCLUSIVE to one host or SHARED to several, and
-never loses what it was told. Between a host and the storage every call may take time before and after its
-effect (a pass through the scheduler at least, a random delay if the world is given one), may be refused
-with ImageBusy because another host holds the image, and may fail with BackendError before its effect, at
-calls chosen by name and number. An acquire cancelled after its effect undoes it, as backends must. A lease
-may come into doubt and be lost: the host is told of the loss before the storage gives the image away, and
-writes in flight end within the margin in between. Not modelled, because the keeper cannot survive it: a
-backend that breaks its contract. The world checks the keeper's part of that contract: one call at a time
-for an image, no acquire while leased, a release only of what is held.
+Fault model. The storage is always consistent: it grants EXCLUSIVE to one host or SHARED to several, and never
+loses what it was told. Between a host and the storage every call may take time before and after its effect (a
+pass through the scheduler at least, a random delay if the world is given one), may be refused with ImageBusy
+because another host holds the image, and may fail with BackendError before its effect, at calls chosen by
+name and number. An acquire cancelled after its effect undoes it, as backends must. A lease may come into
+doubt and be lost: its time may be over before the host is told of the doubt; it is told of the loss before
+the storage gives the image away, and writes in flight end within the margin in between. Not modelled, because
+the keeper cannot survive it: a backend that breaks its contract. The world checks the keeper's part of that
+contract: one call at a time for an image, no acquire while leased, a release only of what is held.
 """
 
 from __future__ import annotations
@@ -68,7 +68,12 @@ class Storage:
 
 @dataclass(eq=False)
 class FakeLease(Lease):
-    """A lease in the storage."""
+    """A lease in the storage; `overdue`: its time is over, of which no event has told yet."""
+
+    overdue: bool = False
+
+    def in_time(self) -> bool:
+        return not self.overdue
 
 
 class FakeBackend(Backend):
@@ -185,6 +190,10 @@ class FakeBackend(Backend):
         held = set(held)
         await self._begin("requested", 0)
         return {inode for inode in held if self.storage.wanted[inode] - {self.host}}
+
+    def set_overdue(self, overdue: bool, inode: int = DISK.inode) -> None:
+        """Let this host's lease be out of time, or in time again, without telling anybody."""
+        self.storage.held[inode][self.host].overdue = overdue
 
     def turn_to(self, state: LeaseState, inode: int = DISK.inode) -> None:
         """Change the state of this host's lease; when LOST, the storage may give it away after the event."""

@@ -5,16 +5,19 @@
  *
  * Storage      One leader sector and one sector per host. Reading or writing a sector is one atomic step; an area is
  *              read sector by sector, so others move in between. A host may stand still between any two steps.
- * Late writes  A write may time out (TIMEOUTS of them in all). It then lands, or is lost, at any later moment, but before its
- *              host is declared dead: that is what the watchdog and the delay of 8T+W are for (live.pml).
- * Liveness     Abstract. A crashed host stays "alive" for others until it is declared dead; until then it counts as an owner of
- *              what it owned. A host that comes back has one generation more.
- * Bounds       HOSTS hosts; lease versions up to LVERS; ballot numbers up to MBALS (a host that needs more stands still);
- *              ACQUIRES per host; CRASHES and TIMEOUTS in all. SHARED adds shared leases, without conversion.
+ * Late writes  A write may time out (TIMEOUTS of them in all). It then lands, or is lost, at any later moment, but
+ *              before its host is declared dead: the watchdog and the delay of 8T+W see to that (live.pml). The host
+ *              itself waits for the end of its late write.
+ * Liveness     Abstract. A crashed host seems alive to others, and counts as owner of what it owned, until it is
+ *              declared dead. A host that comes back has one generation more.
+ * Bounds       HOSTS hosts; lease versions up to LVERS; ballot numbers up to MBALS (a host that needs more stands
+ *              still); ACQUIRES attempts per host; CRASHES and TIMEOUTS in all. SHARED adds shared leases, without
+ *              conversion.
  *
- * Properties, all assertions: see `won`, `landed_leader` and `quiet`.
+ * Properties, all assertions: `won` always; with VERSIONS also `learned` and `landed_leader`; with QUIET `quiet`.
  *
- * A macro BROKEN_... selects a variant that lacks one step; each must be caught.
+ * BROKEN_... selects a variant that lacks one step; each must be caught. SPARED_... lacks a step whose absence does no
+ * harm within the bounds.
  */
 
 #ifndef HOSTS
@@ -135,6 +138,7 @@ byte committed[LVERS + 2];    /* what a leader with that version said */
 #else
 #define WON(v)  ((v) == ME)
 #endif
+
 /* The own dblock as 13 and 15 leave it. A value proposed for another host stays: it may be the only copy. */
 inline marked(r) {
     r = h[id].kept | RELEASED;
@@ -194,7 +198,7 @@ inline forget(q) {
 
 inline done() { forget(id); h[id].pc = IDLE }
 
-/* 15, after any attempt that wrote the own sector: others must see that we do not own what they may yet commit for us. */
+/* 15, after any attempt that wrote the own sector: others may yet commit a version to us that we shall not use. */
 inline give_up() {
     if
 #ifdef BROKEN_LOST_ATTEMPT_UNMARKED
@@ -214,10 +218,6 @@ inline write_block(record, then) {
     :: timeouts > 0 && h[id].pending == 0 ->
         timeouts--; h[id].pending = 1; h[id].late = record; h[id].pc = UNDO
     fi
-}
-
-inline next_mbal() {
-    h[id].mbal = (h[id].mbal / HOSTS + 1) * HOSTS + id
 }
 
 /* 12.3 step 4: a lost ballot. max_mbal is not read again; the number grows by X. */
@@ -513,7 +513,7 @@ proctype host(byte id) {
 
 /*
  * When no host is at work and no write is on its way, a live host that tries alone gets the lease: the leader says free,
- * or the rules make it so, and the ballot of the next version is neither ahead nor bound to an owner that does not know.
+ * or the rules make it so, and no sector is in a later version than the one that its ballot will decide.
  */
 inline quiet() {
     v = L_VALUE(leader);

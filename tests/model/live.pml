@@ -3,17 +3,22 @@
  *
  * Section numbers are those of docs/paxos-format.md. docs/model.md says what is left out and why.
  *
- * Hosts      1 and 2, with different names, both want the same id (its delta sector). The host with the id takes the lease.
- *            A third host, which has another id and never fails, watches the sector and takes the lease when the rules let it.
- * Time       Whole ticks of one clock without drift, T = 1 tick; hosts may be slow or stand still for any time, and notice late
- *            what time has done. Events of one tick come in any order, so a wait is strictly longer than its
- *            ticks, and an I/O in time takes at most its ticks. No counter runs further than any rule looks.
- * Writes     land at once, later or never. A host is reset by its watchdog, and its writes end with it, at 8T+W after its last good
- *            renewal, or after it issued the write with which it wanted to join. It does nothing new before they have ended.
+ * Hosts      1 and 2, with different names, both want the same id (its delta sector). The host with the id takes the
+ *            lease. A third, which has another id and never fails, watches the sector and takes the lease when the
+ *            rules let it.
+ * Time       Whole ticks of one clock without drift, T = 1 tick. Hosts may be slow or stand still for any time, and so
+ *            notice late what time has done; one that stands still for ever has crashed. Events of one tick come in
+ *            any order, so a wait is strictly longer than its ticks, and an I/O in time takes at most its ticks.
+ * Writes     land at once, later or never. A host is reset by its watchdog, and its writes end with it, at 8T+W after
+ *            the clock before its last good renewal, or before the write with which it wanted to join. It starts
+ *            nothing new before its writes have ended.
  * Lease      One word that names the generation of the owner; the ballot is one step here (ballot.pml).
  * Bounds     W ticks of watchdog, JOINS attempts to join per host, generations up to GENS.
  *
- * A macro BROKEN_... selects a variant that lacks one step; each must be caught.
+ * Properties: one live owner of the id (where a host becomes JOINED); nobody takes the lease while another's I/O under
+ * it can reach the storage (`take`, and where a host takes it).
+ *
+ * BROKEN_... selects a variant that lacks one step; each must be caught.
  */
 
 #ifndef W

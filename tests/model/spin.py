@@ -1,7 +1,7 @@
 """Runs the model checker: spin makes a C program of a model, which visits every state within the bounds.
 
-The searches are exhaustive: no bit state hashing, and a search that did not end (depth, memory, time) is an error, not a
-result. Assertions are the only properties; a state in which nobody moves is none.
+The searches are exhaustive: no bit state hashing, and a search that did not end (depth, memory, time) is an
+error, not a result. Assertions are the only properties; a state in which nobody moves is none.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def check(model: str, macros: Sequence[str], work: Path, search_s: float) -> Out
     """Search all states of `model`.pml, built with `macros` (NAME or NAME=VALUE), in the directory `work`.
 
     Raises:
-        RuntimeError: a tool failed, or the search did not reach its end. subprocess.TimeoutExpired: after `search_s`.
+        RuntimeError: a tool failed, or the search did not reach its end.
+        subprocess.TimeoutExpired: it took longer than `search_s`.
     """
     shutil.copy(MODELS / f"{model}.pml", work)
     _run(["spin", *(f"-D{macro}" for macro in macros), "-a", f"{model}.pml"], work, TOOL_S)

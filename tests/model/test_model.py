@@ -1,4 +1,4 @@
-"""The lease protocol, every state of it within the bounds: docs/model.md says what is modelled and what was found.
+"""The lease protocol, every state of it within bounds. docs/model.md: what is modelled, what was found.
 
 LOCKFS_MODEL_FULL=1 adds the larger bounds, which take minutes and some gigabytes.
 """
@@ -26,14 +26,15 @@ PROPERTY = {
     "never stuck": r"block\[",
 }
 
-# Two hosts, one crash and one late write between them; the bounds of live.pml are its own.
+# Two hosts, two attempts each, one crash and one late write between them.
 BALLOT = ("LVERS=3", "QUIET", "VERSIONS")
+LATE_COMMITTER = ("ACQUIRES=3", "MBALS=14", "LVERS=3", "TIMEOUTS=0", "CRASHES=0")
 THREE = ("HOSTS=3", "ACQUIRES=1", "MBALS=9", "TIMEOUTS=0", "CRASHES=0")
 
 RIGHT = {
     "ballot, 2 hosts": ("ballot", BALLOT),
     "ballot, 3 hosts": ("ballot", (*THREE, "QUIET", "VERSIONS")),
-    "ballot, 2 hosts, 3 attempts": ("ballot", ("ACQUIRES=3", "MBALS=14", "LVERS=3", "TIMEOUTS=0", "CRASHES=0")),
+    "ballot, 2 hosts, 3 attempts": ("ballot", LATE_COMMITTER),
     "shared, 2 hosts": ("ballot", ("SHARED", "TIMEOUTS=0", "QUIET", "VERSIONS")),
     "live": ("live", ()),
 }
@@ -45,6 +46,7 @@ FULL = {
     "ballot, 3 hosts, late write": ("ballot", (*THREE[:2], "MBALS=9", "TIMEOUTS=1", "CRASHES=0", "VERSIONS")),
     "shared, 2 hosts, late write": ("ballot", ("SHARED", "QUIET", "VERSIONS")),
     "shared, 3 hosts": ("ballot", (*THREE, "SHARED", "QUIET")),
+    "ballot, 3 hosts, crash": ("ballot", (*THREE[:2], "MBALS=9", "TIMEOUTS=0", "CRASHES=1", "VERSIONS")),
     "live, 2 joins each": ("live", ("JOINS=2",)),
 }
 
@@ -78,8 +80,7 @@ BROKEN = {
 }
 SHARERS = ("SHARED", "HOSTS=3", "ACQUIRES=1", "LVERS=3", "MBALS=9", "TIMEOUTS=0", "CRASHES=0")
 
-# What the rules do not give: a committer that stands still long enough sets the leader back to an older version.
-LATE_COMMITTER = ("ACQUIRES=3", "MBALS=14", "LVERS=3", "TIMEOUTS=0", "CRASHES=0")
+# What the rules do not give: a committer that stands still for long sets the leader back to an older version.
 LIMITS = {"one owner per version": "VERSIONS", "never stuck": "QUIET"}
 
 

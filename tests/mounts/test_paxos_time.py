@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lockfs.records import sectors
 from lockfs.records.geometry import MIB
+from tests.mounts import test_paxos
 from tests.mounts.test_leases import PATIENCE_S, Holder, refused
 from tests.mounts.test_paxos import ask, paxos
 from tests.support.mounts import Mount, mounted, start
@@ -39,22 +41,22 @@ PAUSE_S = 0.02
 WRITER = "import os, sys; os.close(os.open(sys.argv[1], os.O_RDWR))"
 
 
+wait_for = partial(test_paxos.wait_for, within=REAL_TIME_S)
+logged = partial(test_paxos.logged, within=REAL_TIME_S)
+
+
 def now() -> float:
     """The clock that the leases' timestamps are of."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    """Return once the condition holds."""
-    end = time.monotonic() + REAL_TIME_S
-    while not condition():
-        assert time.monotonic() < end, f"not within {REAL_TIME_S:.0f} s: {what}"
-        time.sleep(PAUSE_S)
-
-
-def logged(mount: Mount, words: str, times: int = 1) -> None:
-    """Return once the mount has logged the words so often."""
-    wait_for(lambda: mount.log().count(words) >= times, f"{words!r} in the log of {mount.path}")
+def refused_for(mount: Mount, image: str, words: str) -> bool:
+    """Whether an open for writing is refused; the mount then logs the words (again)."""
+    times = mount.log().count(words)
+    if not refused(mount.path / image):
+        return False
+    logged(mount, words, times + 1)
+    return True
 
 
 def joined_as(mount: Mount, times: int = 1) -> int:
@@ -205,9 +207,10 @@ def killed_host_counts_as_dead(rig: Rig) -> None:
     assert (again.path / "other").read_bytes() == bytes(BLOCK)
     waiter = subprocess.Popen([sys.executable, "-c", WRITER, again.path / "other"])
     rig.stack.callback(waiter.wait)
+    rig.stack.callback(waiter.kill)
     assert "is joined" not in again.log(), "reads do not wait for the join"
 
-    assert refused(other.path / "disk") and "on hostA" in other.log()
+    assert refused_for(other, "disk", "on hostA")
     wait_for(lambda: not refused(other.path / "disk"), "hostB takes over")
     assert now() >= dead_at, "taken over from a host that might have been alive"
     logged(other, "a host that is silent and counts as dead in")
@@ -216,7 +219,7 @@ def killed_host_counts_as_dead(rig: Rig) -> None:
     assert waiter.wait(PATIENCE_S) == 0
     assert now() >= dead_at
     with opened(other.path / "disk"):
-        assert refused(again.path / "disk") and "on hostB" in again.log()
+        assert refused_for(again, "disk", "on hostB")
 
 
 def writers_wait_for_the_join(rig: Rig) -> None:
@@ -246,6 +249,8 @@ def storage_comes_back_in_time(rig: Rig) -> None:
         saved = rig.lose_storage()
         renewed = stamp_in(saved, host_id)
         logged(mount, "its lease is in doubt; writes wait")
+        # Until a write that ought to wait, but does not, cannot be taken for one that was in time.
+        wait_for(lambda: now() > renewed + WRITES_END + 2, "the time for writes is over")
         back = now()
         rig.put(saved)
         logged(mount, "its lease is certain again")
@@ -277,23 +282,20 @@ def storage_stays_away(rig: Rig) -> None:
         assert writer.fails() == errno.ENOSPC
         (told,) = [image for image in ask(mount, "who")["images"] if not image["remote"]]
         assert told["state"] == "lost"
-        assert refused(mount.path / "disk") and "was lost" in mount.log()
+        assert refused_for(mount, "disk", "was lost")
         assert not refused(mount.path / "other"), "what was not lost can be written after the join"
         assert writer.fails() == errno.ENOSPC
     assert all(write.error for write in writer.done if write.number > last)
     assert number_in(rig.store / "disk") == last, "a lost handle wrote"
-    wait_for(lambda: not refused(mount.path / "disk"), "a new open of the image")
-    assert now() >= stamp_in(saved, host_id) + DEAD, (
-        "the lease was this host's in a life that may have gone on"
-    )
 
 
 def storage_is_overwritten(rig: Rig) -> None:
-    """Where the lockspace is none any more, the lease is lost at once, and nothing is written there."""
-    mount = rig.mount("hostA", "handover_wait=0.5", "join=wait")
-    joined_as(mount)
+    """Where the lockspace is none any more, the lease is lost at once, and nothing is written there. Once put
+    right, the image can be written again when this host's former life counts as dead."""
+    mount = rig.mount("hostA", "handover_wait=0.5", "wait=0.3", "join=wait")
+    host_id = joined_as(mount)
     with opened(mount.path / "disk") as descriptor, Writer(descriptor) as writer:
-        rig.lose_storage(b"\xa5" * MIB)
+        saved = rig.lose_storage(b"\xa5" * MIB)
         assert writer.fails() == errno.ENOSPC
         logged(mount, "its writes are refused")
         logged(mount, f"cannot be joined: sector 0 of {rig.lockspace}: no delta lease is there")
@@ -301,6 +303,30 @@ def storage_is_overwritten(rig: Rig) -> None:
         os.open(mount.path / "other", os.O_RDWR)
     assert caught.value.errno == errno.EIO
     assert rig.lockspace.read_bytes() == b"\xa5" * MIB
+    rig.put(saved)
+    joined_as(mount, times=2)
+    wait_for(lambda: not refused(mount.path / "disk"), "a new open of the image")
+    assert now() >= stamp_in(saved, host_id) + DEAD, "taken from a life that might have gone on"
+
+
+def lockspace_is_replaced(rig: Rig) -> None:
+    """Once the lockspace's file was removed, hosts that mount make another, and see nothing of those that
+    have the old one open. So these write no more."""
+    first = rig.mount("hostA", "handover_wait=0.5", "join=wait")
+    with opened(first.path / "disk") as descriptor, Writer(descriptor) as writer:
+        writer.goes_on()
+        rig.lockspace.unlink()
+        logged(first, "is lost: its file was removed or replaced")
+        assert writer.fails() == errno.ENOSPC
+        last = max(write.number for write in writer.done if not write.error)
+        second = rig.mount("hostB", "join=wait", "wait=0.3")
+        with opened(second.path / "disk"):
+            assert writer.fails() == errno.ENOSPC
+        logged(first, "cannot be joined: its file was removed or replaced")
+    assert number_in(rig.store / "disk") == last, "two hosts wrote"
+    with pytest.raises(OSError) as caught:
+        os.open(first.path / "disk", os.O_RDWR)
+    assert caught.value.errno == errno.EIO
 
 
 def prepared_area(rig: Rig) -> None:
@@ -324,15 +350,17 @@ def libvirt_layout(rig: Rig) -> None:
 
 
 def two_hosts(rig: Rig, options: str) -> None:
-    """One after the other writes, never both."""
+    """One after the other writes, never both. A host that comes back has its host id again."""
     a, b = (rig.mount(name, options, "wait=0.3") for name in ("hostA", "hostB"))
-    for mount in (a, b):
-        joined_as(mount)
+    host_id, other_id = joined_as(a), joined_as(b)
+    assert host_id != other_id
     with opened(a.path / "disk"):
-        assert refused(b.path / "disk") and "on hostA" in b.log()
+        assert refused_for(b, "disk", "on hostA")
     wait_for(lambda: not refused(b.path / "disk"), "hostB takes over")
     with opened(b.path / "disk"):
-        assert refused(a.path / "disk") and "on hostB" in a.log()
+        assert refused_for(a, "disk", "on hostB")
+    a.stop()
+    assert joined_as(rig.mount("hostA", options)) == host_id
 
 
 SCENARIOS = (
@@ -341,6 +369,7 @@ SCENARIOS = (
     storage_comes_back_in_time,
     storage_stays_away,
     storage_is_overwritten,
+    lockspace_is_replaced,
     prepared_area,
     libvirt_layout,
 )

@@ -144,8 +144,10 @@ async def test_claim_opens_a_gate(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC])
-async def test_a_failed_open_leaves_nothing(bench: Bench, flags: int) -> None:
-    """An error of the keeper is passed on as its number; descriptors, ids and grants are as before."""
+async def test_a_failed_open_leaves_nothing(bench: Bench, flags: int, expect_log) -> None:
+    """An error of the keeper is passed on as its number, its sentence is logged; descriptors, ids and
+    grants are as before."""
+    expect_log("WARNING lockfs.mirror: .* was refused .* of 'image': the storage is silent")
     bench.write("image")
     number = await bench.number("image")
     before = open_descriptors()
@@ -325,8 +327,9 @@ async def test_create_of_what_another_host_holds_is_ebusy(bench: Bench, expect_l
     assert bench.mirror.statistics().inodes == 1
 
 
-async def test_a_failed_create_leaves_no_inode(bench: Bench) -> None:
+async def test_a_failed_create_leaves_no_inode(bench: Bench, expect_log) -> None:
     """If the keeper fails, the new file is forgotten again, with all descriptors."""
+    expect_log("WARNING lockfs.mirror: .* was refused writing of 'new': the storage is silent")
     bench.keeper.failure = BackendError("the storage is silent")
     before = open_descriptors()
     with fails(errno.EIO):

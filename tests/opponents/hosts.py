@@ -173,6 +173,16 @@ async def sanlock_host(file: LeaseFile, host_id: int, daemon: SanlockDaemon) -> 
         yield host
 
 
+@asynccontextmanager
+async def lawless_host(file: LeaseFile, host_id: int) -> AsyncIterator[LeaseHost]:
+    """A host that takes no leases, to see that it is caught."""
+    log_file = file.path.with_suffix(f".lawless{host_id}.log")
+    async with await _start(["nothing", file.path, "--host-id", str(host_id)], log_file) as host:
+        with trio.fail_after(ANSWER_S):
+            await host.answer()
+        yield host
+
+
 @dataclass(frozen=True)
 class Hold:
     """One hold of a lease, times in seconds of CLOCK_MONOTONIC; `lver` is 0 where not known."""

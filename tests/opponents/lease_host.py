@@ -2,10 +2,12 @@
 
     python -m tests.opponents.lease_host engine  FILE --host-id N --name NAME
     python -m tests.opponents.lease_host sanlock FILE --host-id N --socket SOCKET
+    python -m tests.opponents.lease_host nothing FILE --host-id N
 
 FILE is a tests.support.sanlock.LeaseFile. `engine` joins with lockfs's engine on an O_DIRECT disk, `sanlock`
-takes its leases through a daemon that has joined. Commands are JSON objects, one a line, on standard input,
-each answered by one on standard output; see `Host`. At the end of the input the host leaves.
+takes its leases through a daemon that has joined, `nothing` takes none, to try the witness. Commands are JSON
+objects, one a line, on standard input, each answered by one on standard output; see `Host`. At the end of the
+input the host leaves.
 
 While it holds a lease the host works on the witness, a sector beside the lease file that no lock protects.
 Who holds the lease exclusive writes that it is at work, and that it is done; nobody may see another at work.
@@ -209,6 +211,31 @@ async def sanlock_side(arguments: argparse.Namespace) -> AsyncIterator[Side]:
         yield SanlockSide(registration, arguments.file, arguments.space.encode())
 
 
+class NoSide:
+    """A host that believes to hold whatever it wants."""
+
+    async def acquire(self, number: int, *, shared: bool, patience: float) -> int:
+        return 0
+
+    async def convert(self, number: int, *, shared: bool) -> None:
+        pass
+
+    async def release(self, number: int) -> None:
+        pass
+
+    def may_write(self) -> str:
+        return ""
+
+
+@asynccontextmanager
+async def no_side(_: argparse.Namespace) -> AsyncIterator[Side]:
+    """Nobody to ask."""
+    yield NoSide()
+
+
+_SIDES = {"engine": engine_side, "sanlock": sanlock_side, "nothing": no_side}
+
+
 class Witness:
     """The sector that only the lease protects, and the log of holds."""
 
@@ -347,9 +374,8 @@ async def run(arguments: argparse.Namespace) -> int:
     """Be a host until the commands end."""
     began = time.monotonic()
     async with AsyncExitStack() as stack:
-        make = engine_side if arguments.side == "engine" else sanlock_side
         try:
-            side = await stack.enter_async_context(make(arguments))
+            side = await stack.enter_async_context(_SIDES[arguments.side](arguments))
         except IdInUse as error:
             _answer({"refused": int(error.result), "why": str(error), "seconds": time.monotonic() - began})
             return 0
@@ -363,7 +389,7 @@ async def run(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("side", choices=["engine", "sanlock"])
+    parser.add_argument("side", choices=[*_SIDES])
     parser.add_argument("file", type=Path)
     parser.add_argument("--host-id", type=int, required=True)
     parser.add_argument("--space", default="LS", help="the lockspace's name")

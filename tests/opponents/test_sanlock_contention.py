@@ -24,6 +24,7 @@ from tests.opponents.hosts import (
     disorder,
     engine_host,
     holds,
+    lawless_host,
     sanlock_host,
 )
 from tests.support import sanlock
@@ -35,6 +36,7 @@ FULL_S = 60.0
 REST_S = 0.02  # how long a host pauses at most after a hold, and after a refusal
 REFUSED_S = 0.02
 SETTLE_S = 30.0
+LAWLESS_S = 2.0
 SHARE_MIN = 0.10  # of all holds, for each side, in a full run: in a short one luck has too large a part
 HOLDS_PER_S_MIN = 3  # far below what is usual: the machine may be busy, and a daemon backs off for a second
 # Of two hosts that begin at once, the one with the higher id wins the ballot: so each side has one such pair.
@@ -84,12 +86,12 @@ async def _join(daemon: SanlockDaemon, file: LeaseFile, host_id: int) -> None:
     await daemon.client.add_lockspace(file.lockspace, host_id, io_timeout=1)
 
 
-async def _contend(hosts: dict[int, LeaseHost], shared: float) -> dict[int, Answer]:
+async def _contend(hosts: dict[int, LeaseHost], shared: float, seconds: float = SECONDS) -> dict[int, Answer]:
     answers = {}
 
     async def one(host_id: int, host: LeaseHost) -> None:
         answers[host_id] = await host.ask(
-            "contend", seconds=SECONDS, rest=REST_S, refused=REFUSED_S, shared=shared, timeout=SECONDS + 60
+            "contend", seconds=seconds, rest=REST_S, refused=REFUSED_S, shared=shared, timeout=seconds + 60
         )
 
     async with trio.open_nursery() as nursery:
@@ -121,7 +123,7 @@ def _report(found: list[Hold], answers: dict[int, Answer]) -> str:
     ("shared", "num_hosts"), [(0.0, 0), (0.5, 64)], ids=["exclusive, 2000 hosts", "mixed, 64 hosts"]
 )
 async def test_never_two_holds_that_conflict(tmp_path: Path, shared: float, num_hosts: int) -> None:
-    """Each of the four has its share of the lease, and none sees another at work under it."""
+    """Daemons and engines have the lease by turns, and none sees another at work under it."""
     if reason := sanlock.why_not_sanlock(tmp_path):
         pytest.skip(reason)
     async with _four_hosts(tmp_path, num_hosts) as (file, hosts):
@@ -134,14 +136,28 @@ async def test_never_two_holds_that_conflict(tmp_path: Path, shared: float, num_
     assert not disorder(found), report
     assert not any(answer["violations"] for answer in answers.values()), report
     assert len(found) >= HOLDS_PER_S_MIN * SECONDS, report
-    count = Counter(hold.host for hold in found)
-    assert all(count[host_id] for host_id in answers), report
-    if SECONDS >= FULL_S:
-        for side in (SANLOCK_IDS, ENGINE_IDS):
-            assert sum(count[host_id] for host_id in side) >= SHARE_MIN * len(found), report
+    _check_shares(found, report)
     if shared:
-        modes = Counter((hold.host, hold.shared) for hold in found)
-        assert all(modes[host_id, mode] for host_id in answers for mode in (True, False)), report
+        modes = {(hold.host in SANLOCK_IDS, hold.shared) for hold in found}
+        assert len(modes) == 4, report
+
+
+def _check_shares(found: list[Hold], report: str) -> None:
+    """Both sides had the lease; in a full run each often enough, and every host."""
+    count = Counter(hold.host for hold in found)
+    least = SHARE_MIN * len(found) if SECONDS >= FULL_S else 1
+    for side in (SANLOCK_IDS, ENGINE_IDS):
+        assert sum(count[host_id] for host_id in side) >= least, report
+        assert SECONDS < FULL_S or all(count[host_id] for host_id in side), report
+
+
+async def test_hosts_without_leases_are_caught(tmp_path: Path) -> None:
+    """The log and the witness both tell of hosts that do as they please, as they would have done above."""
+    file = LeaseFile(tmp_path / "leases", 1)
+    async with lawless_host(file, 1) as one, lawless_host(file, 2) as other:
+        answers = await _contend({1: one, 2: other}, 0.5, LAWLESS_S)
+    assert conflicts(holds(file))
+    assert any(answer["violations"] for answer in answers.values())
 
 
 def test_conflicts_are_seen() -> None:

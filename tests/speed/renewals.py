@@ -4,10 +4,10 @@
 
 In DIRECTORY, on the storage to measure, lies a store with its leases inside. Eight threads of fio write to an
 image through a mount of it, in each data mode and with each kind of load in turn. Meanwhile the host's sector
-of the lockspace is looked at every few milliseconds, through the page cache, so that looking costs it
-one read for each renewal. How late a renewal is: the time since the one before it was seen, less the
-2 io_timeout that they are to be apart; the looking's own delay counts as well. Ends with 1 if a bar was missed,
-with 2 if nothing can be measured.
+of the lockspace is looked at every few milliseconds, through the page cache, so that looking costs the
+storage one read for each renewal. How late a renewal is: the time since the one before it was seen, less the
+2 io_timeout that they are to be apart; the looking's own delay counts as well. Ends with 1 if a bar was
+missed, with 2 if nothing can be measured.
 """
 
 from __future__ import annotations

@@ -19,10 +19,11 @@ def is_measured_run() -> bool:
     return MEASURED in os.environ
 
 
-def branch_gaps(package: str, tests: str, scratch: Path) -> str:
+def branch_gaps(package: str, tests: str, scratch: Path, *, without: Sequence[str] = ()) -> str:
     """What the tests in folder `tests` leave out of `package` (both relative to the checkout); "" if nothing.
 
-    `scratch` is a directory for the data. Fails if the tests do, or if they take more than DEADLINE_S.
+    `scratch` is a directory for the data; `without` are files of the folder that are not run. Fails if the
+    tests do, or if they take more than DEADLINE_S.
     """
     rules = scratch / "coverage.cfg"
     rules.write_text(f"[run]\nbranch = true\nsource = {ROOT / package}\ndata_file = {scratch / 'data'}\n")
@@ -42,7 +43,9 @@ def branch_gaps(package: str, tests: str, scratch: Path) -> str:
         )
 
     basetemp = f"--basetemp={scratch / 'pytest'}"
-    ran = coverage("run", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", basetemp, tests)
+    ignored = [f"--ignore={tests}/{name}" for name in without]
+    chosen = ("-m", "not slow", basetemp, *ignored, tests)
+    ran = coverage("run", "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen)
     if ran.returncode:
         raise AssertionError(f"the measured tests failed:\n{ran.stdout}{ran.stderr}")
     report = coverage("report", "--show-missing", "--skip-covered", "--fail-under=100", "--precision=2")

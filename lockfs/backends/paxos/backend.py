@@ -115,15 +115,14 @@ class PaxosBackend(Backend):
     async def start(self, on_change: LeaseEvent) -> None:
         """Open the lease area, making it where that is the layout's habit; raises SetupError."""
         self._on_change = on_change
-        layout, name = await open_layout(
-            self._options, self._store_fd, self._store, self._random, self._io
-        )
+        layout, name = await open_layout(self._options, self._store_fd, self._store, self._random, self._io)
         self._layout = layout
         try:
             area = await layout.start()
         except BackendError as error:
             raise SetupError(str(error)) from error
-        self._membership.start(area, layout.name if isinstance(layout, IndexLayout) else name)
+        name = layout.name if isinstance(layout, IndexLayout) else name
+        self._membership.start(area, name, layout.in_place)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Join and keep the lockspace, and put in order what failed steps left; see Backend.run."""
@@ -305,7 +304,9 @@ class PaxosBackend(Backend):
     # Telling
 
     async def holders(self, image: Image) -> list[Holder]:
-        """Everybody else who holds the image; see Backend.holders."""
+        """Everybody else who holds the image; see Backend.holders. Waits for a join that is under way: before
+        it nobody is known to be dead or alive, and who asks may be about to change an image that is held.
+        """
         lease = self._leases.get(image.inode)
         if lease is not None:
             return await self._holders().of(image, lease.place)
@@ -314,6 +315,7 @@ class PaxosBackend(Backend):
             if place is None:
                 return []
             try:
+                await self._membership.ready()
                 return await self._holders().of(image, place)
             except RecordError as error:
                 if not was_removed(error) or await self._opened().still(place, image):

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -30,7 +31,7 @@ from lockfs.storage.buffers import Buffers
 from lockfs.storage.disk import PLACES, RENEWAL_PLACES, Crew, DirectDisk
 from lockfs.storage.opening import StorageMissing
 from lockfs.storage.rawio import RawIO
-from lockfs.storage.workers import Workers
+from lockfs.storage.workers import NotInTime, Workers, WorkersStopped
 
 OWN_LOCKSPACE = b"lockspace"
 _OWN_PREFIX = b"i"
@@ -172,6 +173,17 @@ class FileLayout(Layout):
         check_geometry(self._options, area.shape, self._name)
         self._shape = area.shape
         return replace(area, timeout=self._options.io_timeout)
+
+    async def in_place(self) -> bool:
+        """Whether the lockspace's name still leads to the open file; see Layout.in_place."""
+        disk, crew = self._lockspace_disk, self._crew
+        if disk is None or crew is None:
+            return True
+        look = partial(self._directory.identity, self._naming.lockspace_file)
+        try:
+            return await crew.workers.run(look, self._options.io_timeout) == disk.identity
+        except (OSError, NotInTime, WorkersStopped):
+            return True  # whether the storage answers, renewals find out
 
     async def _make_lockspace(self, file: bytes) -> None:
         probe = await self._in_thread(self._directory.passing, b"", PROBE_BYTES)

@@ -10,6 +10,7 @@ from lockfs.backends.owners import OwnerRecords
 from lockfs.backends.paxos.membership import Epoch, host_of, made_by_lockfs, shortened
 from lockfs.backends.paxos.places import Place
 from lockfs.backends.sightings import LOCKFS
+from lockfs.errors import BackendError
 from lockfs.paxos.owners import Ownership, ownership
 from lockfs.paxos.watch import HostState
 
@@ -33,7 +34,7 @@ class Holders:
             RecordError, DiskError, DiskTimeout: it cannot be read; BackendError: the lockspace is not joined.
         """
         if self._epoch is None:
-            return []
+            raise BackendError(f"Who holds {image.name} is not known: the lockspace is not joined.")
         found = await ownership(place.area, self._epoch.lockspace.name, place.name)
         hosts = [host for host in found.hosts if self._counts(*host)]
         if not hosts:

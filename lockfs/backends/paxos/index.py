@@ -11,6 +11,8 @@ still land. Behind the back of the next one who changes the index it would empty
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import replace
 from random import Random
 
 import trio
@@ -18,7 +20,7 @@ import trio
 from lockfs.backends.base import Image
 from lockfs.backends.paxos.files import check_geometry, unusable
 from lockfs.backends.paxos.options import PaxosOptions
-from lockfs.backends.paxos.places import BUSY_LOOK_S, HOSTS_DEFAULT, Layout, Place
+from lockfs.backends.paxos.places import BUSY_LOOK_S, HOSTS_DEFAULT, START_S, Layout, Place
 from lockfs.errors import BackendError, SetupError
 from lockfs.paxos.area import Area
 from lockfs.paxos.errors import Refused
@@ -79,9 +81,10 @@ class IndexLayout(Layout):
         self._renewals = await DirectDisk.open(self._path, places=RENEWAL_PLACES, io=self._io)
         self._disk = await DirectDisk.open(self._path, io=self._io)
         try:
-            found = Area(self._renewals, 0, GEOMETRIES[0], timeout)
+            found = Area(self._renewals, 0, GEOMETRIES[0], max(START_S, timeout))
             area, first = await find_lockspace(found, self._name)
             self._name = first.space_name
+            area = replace(area, timeout=timeout)
             self._index = Area(self._disk, area.shape.area_size, area.shape, timeout)
             await self._header(self._index)
         except BackendError as error:
@@ -91,6 +94,21 @@ class IndexLayout(Layout):
             ) from error
         check_geometry(self._options, area.shape, self._path)
         return area
+
+    async def in_place(self) -> bool:
+        """Whether the path still leads to the open file; a device may get a new name. See Layout.in_place."""
+        disk = self._renewals
+        if disk is None or disk.is_device:
+            return True
+        with trio.move_on_after(self._options.io_timeout):
+            try:
+                status = await trio.to_thread.run_sync(os.stat, self._path, abandon_on_cancel=True)
+            except FileNotFoundError:
+                return False
+            except OSError:
+                return True  # whether the storage answers, renewals find out
+            return (status.st_dev, status.st_ino) == disk.identity
+        return True
 
     async def _header(self, index: Area) -> IndexHeader:
         header = sectors.decode_index(await index.read(0))
@@ -110,11 +128,12 @@ class IndexLayout(Layout):
         return Place(area, name, index.shape.hosts_max)
 
     async def _look_up(self, name: bytes) -> int | None:
-        """Read the index and remember its entries; the number of the first free one if `name` is not
-        there.
+        """Read the index and remember its entries; the place of the lease, None if it is not there.
+
+        Should a name be there twice, the first counts, as with sanlock.
         """
         entries = await self._entries()
-        self._slots = {entry.name: entry.offset for entry in entries if entry.offset}
+        self._slots = {entry.name: entry.offset for entry in reversed(entries) if entry.offset}
         return self._slots.get(name)
 
     async def _entries(self) -> list[IndexEntry]:

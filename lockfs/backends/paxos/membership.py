@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from random import Random
 
 import trio
@@ -37,6 +37,7 @@ count it, so the boot clock may have run on."""
 JOIN_SLACK = 5
 """Of what a join may take beyond its delays, in io_timeouts: its reads and writes."""
 _TOKEN_CHARS = 16
+_REPLACED = "its file was removed or replaced; end every mount of the store, and mount anew"
 
 _STATES = {
     Standing.GOOD: LeaseState.HELD,
@@ -104,14 +105,15 @@ class Membership:
         self._area: Area | None = None
         self._name = b""
         self._ids: HostIds | None = None
+        self._in_place: Callable[[], Awaitable[bool]] | None = None
         self._ready = trio.Event()
         self._trouble: LockfsError | None = None
         self._joined = False
         self.epoch: Epoch | None = None
 
-    def start(self, area: Area, name: bytes) -> None:
-        """Say where the lockspace is."""
-        self._area, self._name = area, name
+    def start(self, area: Area, name: bytes, in_place: Callable[[], Awaitable[bool]] | None = None) -> None:
+        """Say where the lockspace is; `in_place` tells whether other hosts would still find it there."""
+        self._area, self._name, self._in_place = area, name, in_place
         self._ids = HostIds(self._options.state_dir, area.name, name)
 
     # Joining
@@ -145,9 +147,9 @@ class Membership:
             epoch = await self._join()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_renewing, epoch)
+                nursery.start_soon(self._keep_in_place, epoch)
                 await self._observe(epoch)
                 nursery.cancel_scope.cancel()  # a renewal that hangs would hang for as long as its write may
-            self._ready = trio.Event()
             self.epoch = None
             self._end(epoch)
             await trio.sleep(RETRY_S)
@@ -201,6 +203,8 @@ class Membership:
         area, ids = self._area, self._ids
         if area is None or ids is None:
             raise BackendError("the lease area is not open")
+        if self._in_place is not None and not await self._in_place():
+            raise BackendError(_REPLACED)
         if self._options.host_id is not None:
             lockspace = self._lockspace(area, self._options.host_id)
             try:
@@ -267,7 +271,7 @@ class Membership:
         lockspace = epoch.lockspace
         failing = False
         while lockspace.standing() is not Standing.LOST:
-            await trio.sleep(max(0.0, lockspace.renewal_due - self._clock.now()))
+            await self._until_due(lockspace)
             until = lockspace.write_until
             try:
                 await lockspace.renew()
@@ -289,6 +293,26 @@ class Membership:
             self._passed(epoch)
         self._look(epoch)
 
+    async def _until_due(self, lockspace: Lockspace) -> None:
+        """Sleep until the next renewal; in short sleeps, so that a machine that was suspended renews soon."""
+        left = lockspace.renewal_due - self._clock.now()
+        while left > 0:
+            await trio.sleep(min(left, LOOK_S))
+            left = lockspace.renewal_due - self._clock.now()
+
+    async def _keep_in_place(self, epoch: Epoch) -> None:
+        """Give up a membership that hosts that mount now would not see: they would take what this one holds.
+
+        Looked at every io_timeout, while a join takes two: where all hosts have the same io_timeout, this one
+        has stopped before a newcomer can hold anything.
+        """
+        while self._in_place is not None:
+            if not await self._in_place():
+                epoch.lockspace.abandon(_REPLACED)
+                self._look(epoch)
+                return
+            await trio.sleep(self._options.io_timeout)
+
     async def _observe(self, epoch: Epoch) -> None:
         """Tell of each change of the standing when it happens, whatever a renewal hangs on."""
         lockspace = epoch.lockspace
@@ -308,6 +332,7 @@ class Membership:
         epoch.state = state
         if state is LeaseState.LOST:
             _log.error("lockspace %s is lost: %s", sectors.shown(self._name), epoch.lockspace.why_lost)
+            self._ready = trio.Event()  # who comes now waits for what the next join says
         self._changed(epoch)
 
     # Leaving

@@ -15,8 +15,8 @@ HOSTS_DEFAULT = 250
 """For how many hosts leases and lockspaces are made that lockfs makes by itself: a ballot then reads 126 KiB
 and not 1 MiB. A host with a higher id cannot use such a lease."""
 START_S = 10.0
-"""How long opening a lockspace, and the first reading of it, may take at least, seconds: nothing but the mounting
-waits for them, so a busy storage need not keep the mount away.
+"""How long opening a lockspace and first reading it may take at least, seconds: only the mounting waits for
+that, so a storage that is busy for a moment need not end it.
 """
 BUSY_LOOK_S = 0.2
 """How often something is looked at that another host is just making, seconds."""
@@ -49,6 +49,12 @@ class Layout(ABC):
 
         Raises:
             SetupError: it cannot be used; says what to do.
+        """
+
+    @abstractmethod
+    async def in_place(self) -> bool:
+        """Whether a host that mounts now finds the lockspace that this one has open; also True if the storage
+        does not say.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Draws the chart of docs/paxos-costs.md: what renewals cost, by the number of hosts, both axes logarithmic."""
+"""Draws the chart of docs/paxos-costs.md: what renewals cost, by the number of hosts, on logarithmic axes."""
 
 from __future__ import annotations
 

@@ -1,32 +1,32 @@
 """The fault model: what the world may do to the engine, and what it is assumed not to do.
 
 **I/O.** Every I/O takes some time, mostly milliseconds, sometimes seconds; any two on different sectors may
-end in either order. The writes of one program to one sector land in the order of their calls, and no call on a
-sector begins before that program's earlier writes of it have ended (the contract of `Disk`). A sector is
+end in either order. The writes of one program to one sector land in the order of their calls, and no call on
+a sector begins before that program's earlier writes of it have ended (the contract of `Disk`). A sector is
 atomic. A read of several sectors may be torn: each part of it shows the state of some moment of its own
 between the call and the end, so it may be as stale as the read is slow. An I/O may time out: a read is then
-lost; a write is lost, or lands late, at most LATEST of the watchdog time after its call. An I/O may fail with
-EIO; a write that failed may have landed nevertheless. Both come singly and in outages, for one host, for all,
-or for one part of the storage, for up to some tens of seconds.
+lost; a write is lost, or lands late, at most LATEST of the watchdog time after its call. An I/O may fail
+with EIO; a write that failed may have landed nevertheless. Both come singly and in outages, for one host,
+for all, or for one part of the storage, for up to some tens of seconds.
 
-**Hosts.** A program may crash at any await; what it has under way still lands within the same bound, or never.
-It is started again with a new host name, and joins its former id or another that is free. A host may pause
-at any moment, for up to several times the time after which it counts as dead, and go on as if nothing had
-happened: its clock counts the pause, its sleeps may or may not. Its I/O goes on meanwhile, so a result may be as
-old as the pause when the program sees it. A task may be cancelled at any await; the program then settles the
-lease. A program may stop in good order: it releases its leases and leaves.
+**Hosts.** A program may crash at any await; what it has under way still lands within the same bound, or
+never. It is started again with a new host name, and joins its former id or another that is free. A host may
+pause at any moment, for up to several times the time after which it counts as dead, and go on as if nothing
+had happened: its clock counts the pause, its sleeps may or may not. Its I/O goes on meanwhile, so a result
+may be as old as the pause when the program sees it. A task may be cancelled at any await; the program then
+settles the lease. A program may stop in good order: it releases its leases and leaves.
 
-**Clocks.** They start anywhere, never step back, leap ahead only by time that really passes (a suspension), and
-run fast or slow by up to DRIFT, which changes now and then. With the rate r of the holder's clock and R of
-the taker's, what a holder starts at the last moment is out of the way when another takes over if
-8 io_timeout / r + LATEST watchdog < (8 io_timeout + watchdog) / R. For io_timeout up to 3 and a watchdog time of 10
-or more that holds up to a drift of 2 %, for the defaults (10 and 60) as well.
+**Clocks.** They start anywhere, never step back, leap ahead only by time that really passes (a suspension),
+and run fast or slow by up to DRIFT, which changes now and then. With the rate r of the holder's clock and R
+of the taker's, what a holder starts at the last moment is out of the way when another takes over if 8
+io_timeout / r + LATEST watchdog < (8 io_timeout + watchdog) / R. For io_timeout up to 3 and a watchdog time
+of 10 or more that holds up to a drift of 2 %, for the defaults (10 and 60) as well.
 
-**The watchdog's part.** In some seeds a paused host is frozen with everything it has handed over: I/O that was
-checked and issued before the pause lands after it, later than the bound. Nothing on the host can prevent that;
-a watchdog that resets the host would. An image write that lands beyond the bound is counted, not judged. After
-a write to the leases beyond the bound, which may undo the ballots of others, the rest of the seed is counted,
-not judged. Nothing else is excused.
+**The watchdog's part.** In some seeds a paused host is frozen with everything it has handed over: I/O that
+was checked and issued before the pause lands after it, later than the bound. Nothing on the host can prevent
+that; a watchdog that resets the host would. An image write that lands beyond the bound is counted, not
+judged. After a write to the leases beyond the bound, which may undo the ballots of others, the rest of the
+seed is counted, not judged. Nothing else is excused.
 
 **Not modelled.** Storage that loses, duplicates or invents sectors; leases damaged from outside; another
 program that does not keep the protocol; clocks that leap without time passing; hosts that differ in the

@@ -1,4 +1,4 @@
-"""What a host does: joins, renews, uses leases as lockfs' contract says, settles, and joins again when lost."""
+"""What a host does: joins, renews, uses leases as lockfs' contract says, settles, and joins again if lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SPACE = b"simulation"
 RETRY_S = 0.5
 POLL_S = 0.1
-PAUSES_WHILE_JOINING = 0.2
+PAUSES_WHILE_JOINING = 0.4
 
 
 def lease_name(lease: int) -> bytes:
@@ -123,7 +123,9 @@ class Program:
             )
             if not self.world.quiet and self.random.random() < PAUSES_WHILE_JOINING:
                 length = self.random.uniform(0.0, 4.0 * timing.renewal)
-                self.machine.scheduler.after(self.random.uniform(0.0, self.world.faults.latency * 3), self._pause, length)
+                self.machine.scheduler.after(
+                    self.random.uniform(0.0, self.world.faults.latency * 3), self._pause, length
+                )
             await self._cancellable(lockspace.join())
             return lockspace
         except (BackendError, Cancelled) as error:
@@ -186,7 +188,9 @@ class Program:
             shared = random.random() < faults.shared
             patience = random.choice((0.0, 1.0, 2.0 * faults.dead))
             session.holders.add(lease)
-            if await self._try(session, lease, resource.acquire(shared=shared, give_up_at=self._until(patience))):
+            if await self._try(
+                session, lease, resource.acquire(shared=shared, give_up_at=self._until(patience))
+            ):
                 await self._hold(session, lease)
             await self._end_use(session, lease)
             session.holders.discard(lease)
@@ -215,7 +219,9 @@ class Program:
         if self.clock.now() >= lockspace.write_until:
             return
         session.pending[lease] += 1
-        self.machine.start(self._write_image(session, lease, leader.lver, self.machine.scheduler.now), f"image {lease}")
+        self.machine.start(
+            self._write_image(session, lease, leader.lver, self.machine.scheduler.now), f"image {lease}"
+        )
 
     async def _write_image(self, session: Session, lease: int, lver: int, checked: float) -> None:
         witness = self.world.witness

@@ -1,4 +1,4 @@
-"""One seed from beginning to end: a time with faults, then calm, in which everything must come right again."""
+"""One seed from beginning to end: a time with faults, then calm, in which all must come right again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JOIN_TRIES = 4
 
 @dataclass
 class Outcome:
-    """What a seed showed. `violations` must be empty; `excused` are what only a watchdog could have prevented."""
+    """What a seed showed. `violations` must be empty; `excused` is what only a watchdog could prevent."""
 
     seed: int
     violations: list[str]
@@ -125,7 +125,9 @@ class World:
             return
         self._plan_chaos()
         random, machine = self.scheduler.random, self.scheduler.random.choice(self.machines)
-        what = random.choice((self._trouble, self._trouble, self._pause, self._crash, self._drift, self._stop))
+        what = random.choice(
+            (self._trouble, self._trouble, self._pause, self._crash, self._drift, self._stop)
+        )
         if not machine.paused:
             what(machine)
 
@@ -159,7 +161,9 @@ class World:
         random, number = self.scheduler.random, program.machine.number
         self.programs[number] = None
         delay = random.uniform(0.0, random.choice((1.0, 20.0)))
-        self.scheduler.after(delay, self._start, number, random.choice((0, number + 1, random.randint(1, HOST_IDS))))
+        self.scheduler.after(
+            delay, self._start, number, random.choice((0, number + 1, random.randint(1, HOST_IDS)))
+        )
 
     def _start(self, number: int, host_id: int) -> None:
         self.programs[number] = Program(self, self.machines[number], host_id)
@@ -198,10 +202,12 @@ class World:
             scheduler.after(0.0, self._ask_next, lease, 0)
         wanted = faults.leases * faults.hosts
         scheduler.run(
-            lambda: len(self._satisfied) == wanted
-            or scheduler.now > deadline
-            or scheduler.steps > steps
-            or bool(self.witness.violations)
+            lambda: (
+                len(self._satisfied) == wanted
+                or scheduler.now > deadline
+                or scheduler.steps > steps
+                or bool(self.witness.violations)
+            )
         )
         if self.witness.violations or len(self._satisfied) == wanted:
             return
@@ -248,7 +254,10 @@ class World:
 
 
 def simulate(
-    seed: int, steps: int = STEPS, show: Callable[[str], None] | None = None, make: Callable[..., World] = World
+    seed: int,
+    steps: int = STEPS,
+    show: Callable[[str], None] | None = None,
+    make: Callable[..., World] = World,
 ) -> Outcome:
     """Run a seed; nothing but the seed, the steps and the code decides what happens."""
     world = partial(make, show=show)(seed)

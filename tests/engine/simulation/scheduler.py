@@ -67,10 +67,7 @@ class Task:
     def resume(self, value: object = None, error: BaseException | None = None) -> None:
         """One step: to the next await."""
         try:
-            if error is not None:
-                wait = self.coroutine.throw(error)
-            else:
-                wait = self.coroutine.send(value)
+            wait = self.coroutine.send(value) if error is None else self.coroutine.throw(error)
         except StopIteration:
             self.over = True
             return

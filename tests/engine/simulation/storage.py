@@ -6,6 +6,7 @@ import errno
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from lockfs.paxos.seams import Disk, DiskError, DiskTimeout
 from lockfs.records import sectors
@@ -81,7 +82,7 @@ class _Write:
 
 
 class Storage:
-    """The sectors, the troubles, and the fates of I/Os. `on_beyond` hears of lease writes beyond the bound."""
+    """The sectors, the troubles, and the fates of I/Os. `on_beyond` hears of writes beyond the bound."""
 
     def __init__(self, scheduler: Scheduler, faults: Faults) -> None:
         self.scheduler = scheduler
@@ -109,9 +110,9 @@ class Storage:
         if draw > 1.0 - self.faults.error:
             return "error"
         for outage in self.outages:
-            if now < outage.until and outage.host in (None, host) and outage.area in (None, offset // MIB):
-                if random.random() < outage.probability:
-                    return "hang" if outage.hangs else "error"
+            concerned = outage.host in (None, host) and outage.area in (None, offset // MIB)
+            if now < outage.until and concerned and random.random() < outage.probability:
+                return "hang" if outage.hangs else "error"
         return ""
 
     def latency(self, io_timeout: int) -> float:
@@ -178,7 +179,7 @@ class ProgramDisk(Disk):
             sectors = self._storage.sectors
             found[start:stop] = [sectors.get(first + index, _ZERO) for index in range(start, stop)]
 
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             scheduler.at(random.uniform(scheduler.now, end), look, start, stop)
         scheduler.at(end, lambda: wait.finish(b"".join(found)))
 

@@ -1,7 +1,7 @@
 """Sees everything, and complains.
 
-A hold counts while its host would still write under it: until it is released, the program dies, or the host's own
-rules make it stop (`write_until` by its clock, a lost lockspace). What is judged:
+A hold counts while its host would still write under it: until it is released, the program dies, or the
+host's own rules make it stop (`write_until` by its clock, a lost lockspace). What is judged:
 
 * no two hosts are members under one id at once;
 * no two holds of a lease overlap unless both are shared;
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Witness:
-    """The judge of one run. `faulted`: a lease write landed beyond the bound, so all is excused from then on."""
+    """The judge of one run. `faulted`: a lease write landed beyond the bound; from then on all is excused."""
 
     def __init__(self, scheduler: Scheduler, bound: float) -> None:
         self._scheduler = scheduler
