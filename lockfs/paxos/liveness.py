@@ -12,7 +12,8 @@ from lockfs.records.results import Result
 from lockfs.records.sectors import HostRecord, Leader
 
 LOOK_S = 1.0
-"""From one look at a silent owner to the next, seconds."""
+"""From one look at a silent owner to the next, seconds; the last one is made when it counts as dead."""
+LOOK_MIN_S = 0.02
 
 
 class Verdict(enum.Enum):
@@ -66,7 +67,7 @@ class OwnerCheck:
                 return Verdict.GONE
             if clock.now() >= self._give_up_at:
                 raise self._refusal(Result.OWNER_DYING, delta)
-            await clock.sleep(LOOK_S)
+            await clock.sleep(min(LOOK_S, max(LOOK_MIN_S, self._dead_at - clock.now())))
             if await read_leader() != self._cur:
                 return Verdict.CHANGED
 

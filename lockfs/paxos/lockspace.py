@@ -8,7 +8,7 @@ the storage at `renewed_at` + 8 io_timeout + watchdog. `standing` says where in 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from lockfs.paxos.area import Area
@@ -57,8 +57,19 @@ class Lockspace:
     """
 
     def __init__(
-        self, area: Area, name: bytes, host_id: int, host_name: bytes, *, clock: Clock, timing: Timing
+        self,
+        area: Area,
+        name: bytes,
+        host_id: int,
+        host_name: bytes,
+        *,
+        clock: Clock,
+        timing: Timing,
+        looks_first: Callable[[bytes], bool] | None = None,
     ) -> None:
+        """`looks_first` tells of a host's name whether it looks at the storage before it counts a sharer as
+        dead, as lockfs does; the sanlock daemon goes by its last pass. None: all hosts do.
+        """
         self.area = area
         self.name = name
         self.host_id = host_id
@@ -71,6 +82,8 @@ class Lockspace:
         self._sector = sectors.delta_sector(host_id)
         self._last: Leader | None = None
         self._joined = False
+        self._looks_first = looks_first
+        self._entered_at = 0.0
         self._landed = False
         self._overlaps_until = 0.0
         self._sure = True
@@ -126,6 +139,21 @@ class Lockspace:
         """The clock time of the next renewal."""
         return self.renewed_at + self.timing.renewal
 
+    @property
+    def known_at(self) -> float:
+        """The clock time by which every host that acts must have seen this one join: before that, one that
+        does not look first takes it for absent, and a lease that it shares for free.
+
+        A host that has made no pass for 8 of its io_timeouts takes nothing.
+        """
+        if self._looks_first is None:
+            return 0.0
+        slow = [self.timing.fails] if not self.watch.first_check else []
+        for host_id, sight in self.watch.hosts().items():
+            if host_id != self.host_id and sight.timestamp and not self._looks_first(sight.name):
+                slow.append(self.timing.of(sight.io_timeout).fails)
+        return self._entered_at + max(slow) if slow else 0.0
+
     def abandon(self, reason: str) -> None:
         """Count the membership as LOST from now on, for a reason that the sectors do not show."""
         self._lose(reason)
@@ -168,7 +196,7 @@ class Lockspace:
         if self.clock.now() - written_at >= self.comeback:
             # The delay that the sector asked for was longer than a membership lasts: once more, with our own.
             written_at = await self._enter()
-        self.renewed_at = written_at
+        self.renewed_at = self._entered_at = written_at
         self._joined = True
 
     async def _enter(self) -> float:
@@ -191,11 +219,12 @@ class Lockspace:
             owner_generation=found.owner_generation + 1,
             resource_field=sectors.name_field(self.host_name, found.resource_field),
         ).summed()
-        self._last, self._landed, self._overlaps_until = mine, False, looked_at + before.renewal
+        self._overlaps_until = looked_at + before.renewal
+        # Before it as well: a record from an old look would put back the generation of one who joined since.
+        self._check_pace()
+        self._last, self._landed = mine, False
         await self.area.write(self._sector, sectors.encode_delta(mine))
-        if self.clock.now() >= self._overlaps_until:
-            self._last = None
-            raise EngineError(Result.GENERAL, f"the storage is too slow to join with host id {self.host_id}")
+        self._check_pace()
         self._landed = True
         await self.clock.sleep(before.renewal)
         again = await self._read_own()
@@ -203,6 +232,11 @@ class Lockspace:
             self._last = None
             raise IdInUse(self.host_id, again)
         return written_at
+
+    def _check_pace(self) -> None:
+        if self.clock.now() >= self._overlaps_until:
+            self._last = None
+            raise EngineError(Result.GENERAL, f"the storage is too slow to join with host id {self.host_id}")
 
     async def _outwait(self, found: Leader, before: Timing) -> float:
         """Wait until the owner of `found` counts as dead, or has left; returns when the last look began."""
@@ -272,6 +306,17 @@ class Lockspace:
             self.renewed_at = written_at
         else:
             self._lose(f"a renewal came only after {age:.0f} s")
+
+    async def glance(self) -> None:
+        """Look at the hosts that have joined, between two passes: their deaths are then noticed earlier.
+
+        Raises:
+            DiskError, DiskTimeout: nothing was seen.
+        """
+        joined = [host_id for host_id, sight in self.watch.hosts().items() if sight.timestamp]
+        if joined:
+            prefix = await self.area.read(0, sectors.delta_sector(max(joined)) + 1)
+            self.watch.glance(prefix, joined, self.clock.now())
 
     async def _pass(self) -> Leader:
         whole = await self.area.read(0, self.area.shape.area_size // self.area.shape.sector_size)

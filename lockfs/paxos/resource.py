@@ -27,6 +27,8 @@ from lockfs.records.sectors import Dblock, HostRecord, Leader, ModeBlock
 
 BACK_OFF_S = 1.0
 """A lost ballot, or a shared attempt that met another, is tried again after a random part of this."""
+PEEK_S = 0.1
+"""How often one that backs off looks whether it has been decided meanwhile, perhaps in its own favour."""
 SHARED_RETRIES_MAX = 8
 ROUNDS_MAX = 64
 """How often one acquire may begin anew because the leader changed under it."""
@@ -121,6 +123,7 @@ class Resource:
         self.leader, self.hold, self.unsettled = mine, Hold.EXCLUSIVE, False
 
     async def _acquire_shared(self, give_up_at: float) -> None:
+        await self._until_known(give_up_at)
         retries = 0
         while True:
             try:
@@ -136,6 +139,19 @@ class Resource:
             await self._back_off(give_up_at)
         await self._share(mine)
         self.leader, self.hold = mine, Hold.SHARED
+
+    async def _until_known(self, give_up_at: float) -> None:
+        """Wait until no host can take this one for absent, and so what it shares for free."""
+        clock, known_at = self._lockspace.clock, self._lockspace.known_at
+        if clock.now() >= known_at:
+            return
+        if known_at > give_up_at:
+            left = known_at - clock.now()
+            sentence = (
+                f"hosts with the sanlock daemon may not have seen this host join before {left:.0f} s from now"
+            )
+            raise Refused(Result.SHARED_RETRIES, sentence, free_at=known_at)
+        await clock.sleep(known_at - clock.now())
 
     async def _share(self, mine: Leader) -> None:
         """Turn a version that is ours into a shared hold."""
@@ -246,7 +262,7 @@ class Resource:
                 value, sharers = await self._ballot(survey, mbal, mode, accepted)
             except BallotLost:
                 accepted = self._written.dblock
-                await self._back_off(give_up_at)
+                await self._back_off(give_up_at, cur)
                 mbal += step
                 continue
             if (may_be_over or value.host_id != host_id) and await self._read_leader() != cur:
@@ -325,11 +341,20 @@ class Resource:
         self._written = record
         await self.area.write(self._own_sector, record.encode(self.area.shape.sector_size))
 
-    async def _back_off(self, give_up_at: float) -> None:
+    async def _back_off(self, give_up_at: float, cur: Leader | None = None) -> None:
+        """Leave the field to others for a random time, but not longer than until the leader is not `cur`."""
         clock = self._lockspace.clock
         if clock.now() >= give_up_at:
             raise Refused(Result.DBLOCK_MBAL, "other hosts contend for the lease")
-        await clock.sleep(self._random.random() * BACK_OFF_S)
+        pause = self._random.random() * BACK_OFF_S
+        if cur is None:
+            await clock.sleep(pause)
+            return
+        end = clock.now() + pause
+        while (left := end - clock.now()) > 0:
+            await clock.sleep(min(left, PEEK_S))
+            if await self._read_leader() != cur:
+                return
 
     async def _living(self, sharers: set[int]) -> list[tuple[int, int]]:
         """Those of the sharers that may be alive; the sectors of dead ones are cleared (section 14)."""
@@ -373,9 +398,7 @@ class Resource:
 
     async def _give_back(self, mine: Leader, mode: ModeBlock) -> None:
         """Release a version that this host owns (section 13): its sector first, then the leader."""
-        kept = self._written.dblock
-        own = kept.inp in (0, self._lockspace.host_id)
-        await self._inscribe(_released(kept) if own else Dblock(), mode)
+        await self._inscribe(_released(self._written.dblock), mode)
         await self._release_leader(mine)
         self.unsettled = False
 
@@ -404,6 +427,7 @@ class Resource:
         if self.hold is Hold.NONE or self.leader is None:
             raise EngineError(Result.GENERAL, f"lease {sectors.shown(self.name)} is not held")
         if shared and self.hold is Hold.EXCLUSIVE:
+            await self._until_known(give_up_at)
             self._lockspace.require()
             self.hold, self.unsettled = Hold.SHARED, True
             await self._share(self.leader)

@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from lockfs.backends.base import Image, Lease, LeaseState, Mode
+from lockfs.backends.paxos.membership import REJOIN_S
 from lockfs.backends.paxos.options import LayoutKind
 from lockfs.errors import BackendError, ImageBusy, SetupError
 from lockfs.paxos import requests
@@ -646,3 +647,62 @@ async def test_a_second_lease_of_one_image_is_refused(maker: PaxosMaker) -> None
         with pytest.raises(BackendError, match="already leased"):
             await acquire(maker, one)
         await one.backend.release(lease)
+
+
+async def test_what_an_earlier_membership_left_is_void(maker: PaxosMaker, expect_log: ExpectLog) -> None:
+    """After a loss an acquire begins anew; nothing of the old one stays open."""
+    expect_log(LOSS, None)
+    async with maker.hosts(1) as (one,):
+        name = lease_file(maker, one.image(IMAGE).inode).name
+        one.io.hold("w", name, lambda offset: offset == 0)
+        with pytest.raises(DiskTimeout):
+            await acquire(maker, one)
+        one.io.hold("rw", "lockspace")
+        await trio.sleep(COMEBACK_S + 5.0)
+        one.io.heal()
+        await trio.sleep(2 * REJOIN_S)
+        lease = await taken_within(maker, one, 3 * DEAD_S)
+        assert lease.in_time()
+        assert one.image(IMAGE).inode not in one.paxos._unsettled
+        await one.backend.release(lease)
+
+
+async def test_a_lease_that_was_replaced_is_let_go_with_a_complaint(
+    tmp_path: Path, expect_log: ExpectLog
+) -> None:
+    """Somebody overwrote it: the host does not hang on to it, and writes nothing to what is there now."""
+    expect_log("ERROR .*not as this host had left it", 1)
+    maker = PaxosMaker(tmp_path, LayoutKind.INDEX)
+    async with maker.hosts(1) as (one,):
+        lease = await acquire(maker, one)
+        area = tmp_path / "area"
+        other = sectors.new_resource(sectors.new_leader(GEOMETRIES[0], b"images", b"other"))
+        with open(area, "r+b") as file:
+            file.seek(3 << 20)
+            file.write(other)
+        await one.backend.release(lease)
+        assert lease.state is LeaseState.RELEASED
+        content = area.read_bytes()[3 << 20 : 4 << 20]
+        assert sectors.decode_leader(content) == sectors.decode_leader(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"lease_area": "/nonexistent/x"}, "/nonexistent/x cannot be used: No such file.*lockfsctl init"),
+        ({"layout": LayoutKind.INDEX}, "layout=index needs lease_area="),
+        ({"layout": LayoutKind.LIBVIRT, "lock_path": "/i"}, "layout=libvirt needs lease_area="),
+        ({"layout": LayoutKind.INDEX, "lease_area": "/tmp"}, "layout=index needs a file or a block device"),
+        ({"layout": LayoutKind.FILES, "lease_area": "/dev/null"}, "layout=files needs a directory"),
+        ({"lockspace": "other"}, "'lockfs', not 'other'"),
+        ({"host_id": 2001}, "host_id=2001"),
+    ],
+)
+async def test_an_area_that_does_not_fit_is_refused(
+    maker: PaxosMaker, changes: dict[str, object], names: str
+) -> None:
+    """One sentence says what is wrong and what to do; what was opened is closed."""
+    maker.changes[1] = changes
+    async with maker.hosts(1):
+        with pytest.raises(SetupError, match=names):
+            await maker.open(1)

@@ -279,8 +279,9 @@ class HostDisk(Disk):
         self._world.at(write.land_at, land)
 
     def _end(self, fate: Fate | None, timeout: float) -> None:
-        slow, self._slow = self._slow, 0.0
-        self._world.advance(slow)
+        if self._slow:
+            slow, self._slow = self._slow, 0.0
+            self._world.advance(slow)
         if fate in (Fate.REFUSED, Fate.REFUSED_LANDED):
             raise DiskError(errno.EIO, "refused")
         if fate in (Fate.LOST, Fate.LATE):

@@ -147,6 +147,19 @@ def test_an_owner_that_the_watch_does_not_know() -> None:
     assert start + FAST.dead < world.now <= start + FAST.dead + 2 * LOOK_S
 
 
+def test_a_first_look_that_takes_its_time() -> None:
+    """A renewal may have landed at any moment until its end: from there the time counts."""
+    world, _, two = held_by_two()
+    late = Host(world, 3, Timing(10))
+    world.change_delta(3, replace(world.delta(3), io_timeout=1))
+    run(late.lockspace.join())
+    two.crash()
+    start = world.now
+    late.disk.slow(0.75, "read", world.delta_offset(2))
+    run(late.resource().acquire(give_up_at=FOREVER))
+    assert start + 0.75 + FAST.dead < world.now <= start + 0.75 + FAST.dead + 2 * LOOK_S
+
+
 def test_an_owner_that_the_watch_does_not_know_and_that_lives() -> None:
     """It is noticed within a renewal interval."""
     world, _, two = held_by_two()

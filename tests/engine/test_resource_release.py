@@ -77,12 +77,13 @@ def test_a_leader_that_is_no_longer_as_we_took_it(change: dict[str, Any], result
     assert (resource.hold, resource.unsettled) == (Hold.NONE, False)
 
 
-def test_a_kept_ballot_for_another_host_is_dropped() -> None:
-    """A zero dblock is written in its place."""
+def test_a_ballot_for_another_host_is_kept() -> None:
+    """What another host may have been chosen by is never forgotten; the model finds two owners if it is."""
     world, _, resource = held()
-    resource._written = replace(resource._written, dblock=Dblock(1, 1, 5, 1, 1, 1).summed())
+    kept = Dblock(1, 1, 5, 1, 1, 1).summed()
+    resource._written = replace(resource._written, dblock=kept)
     run(resource.release())
-    assert world.record(1).dblock == Dblock()
+    assert world.record(1).dblock == replace(kept, flags=sectors.RELEASED)
     assert world.leader().timestamp == 0
 
 

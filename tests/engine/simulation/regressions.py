@@ -8,4 +8,7 @@ from __future__ import annotations
 REGRESSIONS: dict[int, str] = {
     93: "a late commit for another host put the leader back by versions, which were then used a second time",
     543: "the same",
+    3616: "a join that stood still between look and write put back the generation of another",
+    9290: "the same: the lease belonged to a generation yet to come of a living host",
+    9327: "the same",
 }

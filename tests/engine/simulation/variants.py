@@ -212,43 +212,38 @@ async def _leader_freed_first(self: Resource, mine: Leader, mode: ModeBlock) -> 
     self.unsettled = False
 
 
-def _of_any_version(self: Resource, survey: Any) -> bool:
-    return False
-
-
 VARIANTS = (
-    Variant("no phase 2", 20, ((Ballot, "run", _no_phase_2),)),
-    Variant("nothing read before phase 2", 20, ((Ballot, "run", _no_reading_before_phase_2),)),
-    Variant("nothing read after phase 2", 30, ((Ballot, "run", _no_reading_after_phase_2),)),
-    Variant("a value proposed by others is not taken over", 30, ((Ballot, "_choose", _own_value_always),)),
-    Variant("ballot numbers of nobody", 30, ((resource, "Ballot", _NumbersOfNobody),)),
-    Variant("version from a later reading", 40, ((Resource, "_contend", _next_from_a_later_reading),)),
-    Variant("version of the leader alone", 150, ((resource._Survey, "next", property(_after_the_leader)),)),
-    Variant("a let-go proposal that wins is held", 1000, ((Resource, "_stale", _of_any_version),)),
-    Variant("nothing read after the join", 40, ((Lockspace, "_read_own", _no_reading_after_join),)),
-    Variant("a join however slow", 150, ((Lockspace, "_overlaps_until", _never),)),
-    Variant("no delay for an id that is silent", 100, ((Lockspace, "_outwait", _no_wait_for_a_silent_id),)),
-    Variant("the same generation again", 120, ((lockspace, "replace", _same_generation),)),
+    Variant("no phase 2", 100, ((Ballot, "run", _no_phase_2),)),
+    Variant("nothing read before phase 2", 100, ((Ballot, "run", _no_reading_before_phase_2),)),
+    Variant("nothing read after phase 2", 100, ((Ballot, "run", _no_reading_after_phase_2),)),
+    Variant("a value proposed by others is not taken over", 100, ((Ballot, "_choose", _own_value_always),)),
+    Variant("ballot numbers of nobody", 100, ((resource, "Ballot", _NumbersOfNobody),)),
+    Variant("version from a later reading", 100, ((Resource, "_contend", _next_from_a_later_reading),)),
+    Variant("version of the leader alone", 500, ((resource._Survey, "next", property(_after_the_leader)),)),
+    Variant("nothing read after the join", 100, ((Lockspace, "_read_own", _no_reading_after_join),)),
+    Variant("a join however slow", 500, ((Lockspace, "_overlaps_until", _never),)),
+    Variant("no delay for an id that is silent", 500, ((Lockspace, "_outwait", _no_wait_for_a_silent_id),)),
+    Variant("the same generation again", 500, ((lockspace, "replace", _same_generation),)),
     Variant(
         "own lease not given up",
-        200,
+        500,
         ((Lockspace, "standing", _always_good), (Lockspace, "write_until", math.inf)),
     ),
     Variant(
         "a renewal counts however late",
-        200,
+        500,
         (
             (Lockspace, "_settle_renewal", _renewed_late_is_renewed),
             (Lockspace, "standing", _never_lost_by_time),
         ),
     ),
-    Variant("no delay for a dead owner", 10, ((OwnerCheck, "verdict", _silent_is_dead),)),
-    Variant("the watchdog's time not waited for", 100, ((Timing, "dead", property(_only_eight)),)),
-    Variant("sharers not looked for", 20, ((Resource, "_living", _nobody_shares),)),
-    Variant("mode block dropped while converting", 20, ((Resource, "_contend", _mode_forgotten(_contend)),)),
-    Variant("release without the mark", 30, ((resource, "_released", _mark_left_out),)),
-    Variant("own sector not marked when giving back", 100, ((Resource, "_give_back", _leader_freed_first),)),
-    Variant("nothing settled", 30, ((Resource, "settle", _not_settled),)),
-    Variant("leader left as it is when settling", 40, ((Resource, "settle", _settled_without_waiting),)),
-    Variant("writes of one sector in any order", 200, (), ordered=False),
+    Variant("no delay for a dead owner", 100, ((OwnerCheck, "verdict", _silent_is_dead),)),
+    Variant("the watchdog's time not waited for", 500, ((Timing, "dead", property(_only_eight)),)),
+    Variant("sharers not looked for", 100, ((Resource, "_living", _nobody_shares),)),
+    Variant("mode block dropped while converting", 100, ((Resource, "_contend", _mode_forgotten(_contend)),)),
+    Variant("release without the mark", 100, ((resource, "_released", _mark_left_out),)),
+    Variant("own sector not marked when giving back", 500, ((Resource, "_give_back", _leader_freed_first),)),
+    Variant("nothing settled", 100, ((Resource, "settle", _not_settled),)),
+    Variant("leader left as it is when settling", 100, ((Resource, "settle", _settled_without_waiting),)),
+    Variant("writes of one sector in any order", 500, (), ordered=False),
 )
