@@ -91,6 +91,7 @@ async def test_lockfs_does_not_overlook_a_newcomer(directory: Path) -> None:
             await wanting.renew()
             sharing, lease = _host(disk, file, 1)
             await sharing.join()
+            await sharing.renew()
             await lease.acquire(shared=True)
             with pytest.raises(Refused) as caught:
                 await its_lease.acquire()
