@@ -22,7 +22,7 @@ from lockfs.linux import calls
 
 COPY_BYTES_MAX = 0x7FFFF000  # the kernel's own bound for one transfer
 SMALL_BYTES = 64 << 10  # more than that is worth a second thread, even from memory
-_WAITING = os.O_DIRECT | os.O_SYNC | os.O_DSYNC
+_SYNCHRONOUS = os.O_DIRECT | os.O_SYNC | os.O_DSYNC
 _CHANGEABLE = os.O_APPEND | os.O_DIRECT | os.O_NONBLOCK | os.O_NOATIME  # fcntl(2), F_SETFL
 
 Reply = list[bytes | memoryview]
@@ -70,7 +70,7 @@ class DataPath:
         if flags != handle.flags:
             _adapt(handle, flags)
         target = room[:size]
-        if size > SMALL_BYTES or handle.flags & _WAITING or not _peek(handle, target, offset):
+        if size > SMALL_BYTES or handle.flags & os.O_DIRECT or not _peek(handle, target, offset):
             self._slow()
             target = target[: os.preadv(handle.descriptor, [target], offset)]
         return protocol.reply(header.unique, target)
@@ -82,9 +82,9 @@ class DataPath:
             raise ProtocolError(f"a write of {size} bytes came with {header.length} bytes")
         if flags != handle.flags:
             _adapt(handle, flags)
-        gate = _pass(handle)
-        if size > SMALL_BYTES or handle.flags & _WAITING:
+        if size > SMALL_BYTES or handle.flags & _SYNCHRONOUS:
             self._slow()
+        gate = _pass(handle)
         try:
             count = os.pwritev(handle.descriptor, [room[:size]], offset)
             if write_flags & protocol.WRITE_KILL_SUIDGID:

@@ -1,10 +1,11 @@
 """Which readers wait at the device: all of them, or, while everything is served at once, one.
 
-Requests that are served from memory take a few microseconds each. Readers that share such work get in each
-other's way: the kernel wakes another one for each request, which then waits for the interpreter. So after
-SOLO_AFTER requests in a row that waited for nothing, one reader leads and the others sleep here; before it
-does anything that may wait, it calls the others back to the device. Invariant: while a request is served
-that takes longer than two of TICK_S, somebody else reads the device, or will as soon as a reader is free.
+Small reads and writes of what is in memory take a few microseconds each. Readers that share such work get in
+each other's way: the kernel wakes another one for each request, which then waits for the interpreter. So
+after SOLO_AFTER requests in a row that were not expected to wait, one reader leads and the others sleep here;
+before it does anything that may wait for a disk, it calls them back to the device. What was expected to be
+quick may wait all the same (a write, for the journal), so one sleeper watches. Invariant: while a request is
+served for longer than two of TICK_S, no reader sleeps here.
 """
 
 from __future__ import annotations

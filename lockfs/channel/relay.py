@@ -30,7 +30,7 @@ from lockfs.channel.door import Door
 from lockfs.channel.handles import Handle, HandleTable
 from lockfs.channel.library import Library
 from lockfs.channel.protocol import Header, Opcode, ProtocolError
-from lockfs.channel.replies import Replies, attr_out, entry_out
+from lockfs.channel.replies import Replies, attr_out, entry_out, known_entry_out
 from lockfs.errors import LockfsError, errno_of
 from lockfs.keeper.gate import GateState
 from lockfs.linux import proc
@@ -69,6 +69,12 @@ class FileSystem(Protocol):
 
     def attributes(self, number: int) -> tuple[os.stat_result, int] | None:
         """An inode's attributes and the seconds they hold, if they can be had without waiting; any thread."""
+
+    def entry(self, parent: int, name: bytes) -> tuple[int, int, os.stat_result, int] | None:
+        """Look a name up, counting it, if that can be had without waiting; any thread.
+
+        The node number, its generation, its attributes and the seconds that these hold.
+        """
 
     def interrupt(self, tid: int) -> bool:
         """A signal hit thread `tid`; True if that thread was waiting for a lease."""
@@ -256,7 +262,7 @@ class Relay:
             self._answer_error(header, errno.ENOSYS)
         else:
             wellformed.check(header, request)
-            if header.opcode == Opcode.GETATTR and self._answer_attributes(header):
+            if self._answer_at_once(header, request):
                 return
             with self._lock:
                 if header.opcode in (Opcode.OPEN, Opcode.CREATE):
@@ -265,13 +271,21 @@ class Relay:
                     self._waiting[header.unique & ~protocol.RESENT] = header.pid
             self._library.ours.send(request)
 
-    def _answer_attributes(self, header: Header) -> bool:
-        """Answer GETATTR here; False if it must go to pyfuse3. Two threads less have to wake up for it."""
-        found = self._files.attributes(header.nodeid)
-        if found is None:
+    def _answer_at_once(self, header: Header, request: memoryview) -> bool:
+        """Answer GETATTR or LOOKUP here; False if pyfuse3 must. Two threads less have to wake up for it."""
+        if header.opcode == Opcode.GETATTR:
+            attributes = self._files.attributes(header.nodeid)
+            if attributes is None:
+                return False
+            body = attr_out(header.nodeid, *attributes)
+        elif header.opcode == Opcode.LOOKUP:
+            entry = self._files.entry(header.nodeid, bytes(request[protocol.HEADER_BYTES : -1]))
+            if entry is None:
+                return False
+            body = known_entry_out(*entry)
+        else:
             return False
-        status, seconds = found
-        self._device.send(protocol.reply(header.unique, attr_out(header.nodeid, status, seconds)))
+        self._device.send(protocol.reply(header.unique, body))
         return True
 
     def _start(self, task: Callable[..., Awaitable[None]], *arguments: object) -> None:

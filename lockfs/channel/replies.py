@@ -61,6 +61,11 @@ def entry_out(entry: pyfuse3.EntryAttributes) -> bytes:
     return protocol.ENTRY_OUT.pack(entry.st_ino, entry.generation, 0, 0, 0, 0) + _attr(entry.st_ino, entry)
 
 
+def known_entry_out(number: int, generation: int, status: os.stat_result, valid_s: int) -> bytes:
+    """A fuse_entry_out whose name holds for no time, and whose attributes do for `valid_s` seconds."""
+    return protocol.ENTRY_OUT.pack(number, generation, 0, valid_s, 0, 0) + _attr(number, status)
+
+
 def attr_out(number: int, status: os.stat_result, valid_s: int) -> bytes:
     """A fuse_attr_out that the kernel may rely on for `valid_s` seconds."""
     return protocol.ATTR_OUT.pack(valid_s, 0, 0) + _attr(number, status)

@@ -2,7 +2,7 @@
 
 An inode is found by what it is on the storage, (st_dev, st_ino), so that hard links are one inode, and by
 its node number, under which the kernel names it. Its O_PATH descriptor follows it through renames and
-keeps it when it is unlinked. The table is changed on the trio thread only.
+keeps it when it is unlinked. Inodes come and go on the trio thread only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,11 @@ class Inode:
 
 
 class InodeTable:
-    """All inodes that the kernel knows, and the root."""
+    """All inodes that the kernel knows, and the root.
+
+    Only the trio thread adds and forgets inodes; `_counting` makes that and the counts of one piece for those
+    threads that count lookups of inodes that are known.
+    """
 
     def __init__(self, root: int) -> None:
         """`root` is an O_PATH descriptor of the store's root directory; the table owns it from here on."""
@@ -86,6 +91,7 @@ class InodeTable:
         self._by_number = {self.root.number: self.root}
         self._by_key = {self.root.key: self.root}
         self._synthetic = SYNTHETIC_FIRST
+        self._counting = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -129,7 +135,20 @@ class InodeTable:
             inode.backing = None
         else:
             os.close(found.descriptor)
-        inode.lookups += 1
+        with self._counting:
+            inode.lookups += 1
+        return inode
+
+    def count_again(self, status: os.stat_result) -> Inode | None:
+        """Count one more lookup of a file that is known as just what `status` says; None if it is not.
+
+        Any thread may call it, but only where no number is used again for another file while it is known.
+        """
+        with self._counting:
+            inode = self._by_key.get((status.st_dev, status.st_ino))
+            if inode is None or inode.kind != stat.S_IFMT(status.st_mode):
+                return None
+            inode.lookups += 1
         return inode
 
     def _number_for(self, key: Key) -> int:
@@ -149,11 +168,12 @@ class InodeTable:
         inode = self._by_number.get(number)
         if inode is None:
             return []
-        inode.lookups -= count
-        if inode.lookups > 0 or inode is self.root:
-            return []
-        del self._by_number[number]
-        del self._by_key[inode.key]
+        with self._counting:
+            inode.lookups -= count
+            if inode.lookups > 0 or inode is self.root:
+                return []
+            del self._by_number[number]
+            del self._by_key[inode.key]
         inode.forgotten = True
         return [] if inode.backing is not None else inode.take_descriptors()
 

@@ -144,6 +144,17 @@ class Mirror(pyfuse3.Operations):
         status = self._store.status_at_once(number)
         return None if status is None else (status, attributes_hold(status))
 
+    def entry(self, parent: int, name: bytes) -> tuple[int, int, os.stat_result, int] | None:
+        """What lookup answers, on any thread; None if only lookup can tell.
+
+        The node number, its generation, the attributes and the seconds these hold.
+        """
+        known = self._store.known_at_once(parent, name)
+        if known is None:
+            return None
+        inode, status = known
+        return inode.number, inode.generation, status, attributes_hold(status)
+
     @_answers
     async def setattr(
         self,

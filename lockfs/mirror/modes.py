@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import enum
 
-from lockfs.channel.handles import FOPEN_DIRECT_IO, FOPEN_PARALLEL_DIRECT_WRITES, FOPEN_PASSTHROUGH
+from lockfs.channel.handles import (
+    FOPEN_DIRECT_IO,
+    FOPEN_NOFLUSH,
+    FOPEN_PARALLEL_DIRECT_WRITES,
+    FOPEN_PASSTHROUGH,
+)
 from lockfs.keeper.grants import Kind
 
 SERVED = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES
@@ -57,4 +62,12 @@ def choose(
 
 def is_passed(open_flags: int) -> bool:
     """Whether none of an open's data passes through lockfs."""
-    return open_flags == PASSED
+    return open_flags & ~FOPEN_NOFLUSH == PASSED
+
+
+def without_flush(open_flags: int) -> int:
+    """The bits of an open on a local file system, where a close writes nothing back and has no error to tell.
+
+    Only for what is wholly passed through: a close then costs its caller no round trip (Linux 5.16).
+    """
+    return open_flags | FOPEN_NOFLUSH if is_passed(open_flags) else open_flags

@@ -26,7 +26,7 @@ from lockfs.keeper.openers import Opener, identify
 from lockfs.mirror.backings import Backing, Backings
 from lockfs.mirror.credentials import Caller
 from lockfs.mirror.inodes import Inode
-from lockfs.mirror.modes import choose, is_passed
+from lockfs.mirror.modes import choose, is_passed, without_flush
 from lockfs.mirror.store import Store, close_all
 from lockfs.mirror.surroundings import MirrorSurroundings
 
@@ -164,6 +164,8 @@ class Opens:
             passing=backing.passing > 0,
             locks_apart=backing.locks_apart,
         )
+        if self._store.local:
+            mode = without_flush(mode)
         backing_id = backing.backing_id if mode & FOPEN_PASSTHROUGH else 0
         gate = grant.gate if grant.writes else None
         handle = Handle(backing.inode.number, start.descriptor, flags, mode, backing_id, gate)

@@ -74,6 +74,10 @@ class FakeFiles:
         """Those of `known`, the node numbers that can be told of at once."""
         return (self.known[number], 1) if number in self.known else None
 
+    def entry(self, parent: int, name: bytes) -> tuple[int, int, os.stat_result, int] | None:
+        """The node 2, if it is known, for every name."""
+        return (2, 5, self.known[2], 0) if 2 in self.known else None
+
     def interrupt(self, tid: int) -> bool:
         """Record."""
         self.interrupted.append(tid)
@@ -267,6 +271,10 @@ async def test_attributes_are_told_at_once_or_asked_for(image: Path) -> None:
         assert protocol.ATTR_OUT.unpack_from(body) == (1, 0, 0)
         number, size, *_ = protocol.ATTR.unpack_from(body, protocol.ATTR_OUT.size)
         assert (number, size) == (2, image.stat().st_size)
+        unique = r.kernel.send(Opcode.LOOKUP, b"name\0")
+        got, error, body = await trio.to_thread.run_sync(r.kernel.receive)
+        assert (got, error) == (unique, 0)
+        assert protocol.ENTRY_OUT.unpack_from(body) == (2, 5, 0, 0, 0, 0)
         r.kernel.send(Opcode.GETATTR, bytes(16), nodeid=3)
         request = await trio.to_thread.run_sync(r.library.theirs.recv, 4096)
         assert protocol.parse_header(memoryview(request), len(request)).nodeid == 3

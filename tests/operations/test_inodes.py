@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +163,19 @@ def test_a_number_used_again_gets_a_new_generation(tmp_path) -> None:
     assert len(open_descriptors()) == before
     for descriptor in table.clear():
         os.close(descriptor)
+
+
+def test_lookup_counted_on_another_thread_keeps_the_inode(store: Path) -> None:
+    """What a reader counts by itself is a lookup as any other, and can only be of what is known."""
+    table = InodeTable(os.open(store, os.O_PATH))
+    (store / "a").write_bytes(b"")
+    found = Found(os.open(store / "a", os.O_PATH), os.stat(store / "a"))
+    assert table.count_again(found.status) is None
+    inode = table.adopt(found)
+    assert table.count_again(found.status) is inode
+    assert table.count_again(os.stat(store)) is table.root
+    assert table.forget(inode.number, 1) == []
+    assert inode.lookups == 1
+    for descriptor in [*table.forget(inode.number, 1), *table.clear()]:
+        os.close(descriptor)
+    assert table.count_again(found.status) is None
