@@ -140,19 +140,27 @@ class Lockspace:
         return self.renewed_at + self.timing.renewal
 
     @property
+    def strangers(self) -> list[int]:
+        """The io_timeouts of hosts that have joined and do not look first, as far as they have been seen."""
+        if self._looks_first is None:
+            return []
+        return [
+            sight.io_timeout or self.timing.io_timeout
+            for host_id, sight in self.watch.hosts().items()
+            if host_id != self.host_id and sight.timestamp and not self._looks_first(sight.name)
+        ]
+
+    @property
     def known_at(self) -> float:
         """The clock time by which every host that acts must have seen this one join: before that, one that
         does not look first takes it for absent, and a lease that it shares for free.
 
         A host that has made no pass for 8 of its io_timeouts takes nothing.
         """
-        if self._looks_first is None:
-            return 0.0
-        slow = [self.timing.fails] if not self.watch.first_check else []
-        for host_id, sight in self.watch.hosts().items():
-            if host_id != self.host_id and sight.timestamp and not self._looks_first(sight.name):
-                slow.append(self.timing.of(sight.io_timeout).fails)
-        return self._entered_at + max(slow) if slow else 0.0
+        slow = self.strangers
+        if self._looks_first is not None and not self.watch.first_check:
+            slow = [self.timing.io_timeout]
+        return self._entered_at + self.timing.of(max(slow)).fails if slow else 0.0
 
     def abandon(self, reason: str) -> None:
         """Count the membership as LOST from now on, for a reason that the sectors do not show."""

@@ -152,10 +152,16 @@ class PaxosBackend(Backend):
             self._layout = None
 
     def _epoch_changed(self, epoch: Epoch) -> None:
-        """Tell the keeper of every lease of the epoch what it is worth now."""
+        """Tell the keeper of every lease of the epoch what it is worth now.
+
+        A shared lease in doubt is as good as lost where hosts with the sanlock daemon are: one that wants the
+        image exclusively goes by its last pass, and may not see a renewal that comes late.
+        """
+        final = epoch.state is LeaseState.DOUBT and bool(epoch.lockspace.strangers)
         for lease in list(self._leases.values()):
-            if lease.epoch is epoch and lease.state not in (epoch.state, LeaseState.RELEASED):
-                lease.state = epoch.state
+            state = LeaseState.LOST if final and lease.mode is Mode.SHARED else epoch.state
+            if lease.epoch is epoch and lease.state not in (state, LeaseState.RELEASED, LeaseState.LOST):
+                lease.state = state
                 self._on_change(lease)
 
     # Taking
