@@ -84,7 +84,7 @@ def serve(mount_options: MountOptions, source_fd: int, device_fd: int, ready: Ca
 
 if __name__ == "__main__":
     if "LOCKFS_STUB_DEADLINE" in os.environ:
-        main.in_background.__defaults__ = (float(os.environ["LOCKFS_STUB_DEADLINE"]),)  # type: ignore[attr-defined]
+        main.START_DEADLINE_S = float(os.environ["LOCKFS_STUB_DEADLINE"])  # type: ignore[misc]
     try:
         invocation = options.parse(sys.argv[1:])
     except main.LockfsError as complaint:
