@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 import trio
 
-from lockfs.backends.base import LeaseState
+from lockfs.backends.base import LeaseState, Mode
 from lockfs.keeper.grants import Grant, Kind
 from lockfs.keeper.images import Ledger, Record
 from lockfs.keeper.leases import Leases
@@ -74,9 +74,13 @@ class Fencing:
         self.unfenced: set[Record] = set()
 
     def lost(self, record: Record) -> None:
-        """The lease is lost: shut the gates now; suspend the opens if each change passes a gate, or fence."""
+        """The lease is lost: shut the gates now; suspend the opens if each change passes a gate, or fence.
+
+        Who was promised that nobody writes (a shared lease) cannot be suspended: nothing holds reads back.
+        """
         bypassed = self._surroundings.bypassed(record.image.inode)
-        resumable = record.lease is not None and record.lease.resumable
+        lease = record.lease
+        resumable = lease is not None and lease.resumable and lease.mode is Mode.EXCLUSIVE
         if bypassed or not resumable or self._policy.on_lost is OnLost.KILL:
             self.condemn(record)
             return
