@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import trio
 
+from lockfs.errors import BackendError
+
 
 class Mode(enum.Enum):
     """How a lease shares the image: EXCLUSIVE with nobody, SHARED with other SHARED leases."""
@@ -97,6 +99,15 @@ class Lease:
         """
         return True
 
+    @property
+    def resumable(self) -> bool:
+        """Whether it can be told of a later lease that it follows this one, should this one be lost."""
+        return False
+
+    def follows(self, lost: Lease) -> bool:
+        """Whether nobody has had the image between the lease `lost`, of this backend, and this one."""
+        return False
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -113,6 +124,19 @@ class Peer:
     io_timeout: int
     leases: int | None
     own: bool
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the storage tells of who has an image, in sentences. `free`: nobody has it; or somebody, and no
+    lease is to be had from here (False); None if taking it will tell. `dead_in_s`: after how long a
+    silent holder counts as dead, None if none is silent. `forcible`: it can be taken from a living holder.
+    """
+
+    sentences: tuple[str, ...]
+    free: bool | None = None
+    dead_in_s: float | None = None
+    forcible: bool = False
 
 
 LeaseEvent = Callable[[Lease], None]
@@ -189,6 +213,18 @@ class Backend(ABC):
         leases were removed by trio time `deadline`, and whether that was all.
         """
         return [], True
+
+    async def evidence(self, image: Image) -> Evidence:
+        """What can be said of the holder's being alive, before its lease is taken or left to it."""
+        return Evidence(("This backend has no leases that could be broken.",), free=False)
+
+    async def force(self, image: Image) -> None:
+        """Free the image's lease whoever has it: two hosts may write then. Only where `forcible`.
+
+        Raises:
+            BackendError: it could not be freed.
+        """
+        raise BackendError(f"The lease of {image.name} cannot be taken by force.")
 
     async def request(self, image: Image, owner: Owner) -> None:  # noqa: B027  (optional)
         """Ask whoever holds the image to let it go if they can; repeating it is harmless."""

@@ -17,14 +17,15 @@ import logging
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import trio
 
 from lockfs.backends import image_locks, sightings
-from lockfs.backends.base import Backend, Holder, Image, Lease, LeaseEvent, LeaseState, Mode, Owner
+from lockfs.backends.base import Backend, Evidence, Holder, Image, Lease, LeaseEvent, LeaseState, Mode, Owner
 from lockfs.backends.owners import OwnerRecords
 from lockfs.backends.requests import Requests
 from lockfs.backends.state import StateDirectory
@@ -34,6 +35,9 @@ from lockfs.errors import BackendError, ImageBusy, SetupError
 from lockfs.linux import calls
 
 LOCK_THREADS = 16
+PROBE_S = 5.0
+"""From one look at whether the storage still knows the locks to the next, seconds."""
+_LOST = (errno.EIO, errno.ENOLCK, errno.ESTALE, errno.EBADF)
 _HOST_CHARS_MAX = 64
 
 _T = TypeVar("_T")
@@ -57,9 +61,14 @@ class FcntlOptions:
 
 @dataclass
 class FcntlLease(Lease):
-    """A lease held by locks on its image's descriptor and, in indirect mode, on a lock file."""
+    """A lease held by locks on its image's descriptor and, in indirect mode, on a lock file.
+
+    `mutex` is held by threads that change or probe the locks; `ended` is set under it when they are given up.
+    """
 
     lock_file: LockFile | None = None
+    mutex: threading.Lock = field(default_factory=threading.Lock)
+    ended: bool = False
 
 
 class _LeaseBroken(BackendError):
@@ -117,6 +126,23 @@ class FcntlBackend(Backend):
                 f"The lock directory {self._options.lock_dir} cannot be opened: {error.strerror}; "
                 "lock_dir= must name virtlockd's lockspace directory, shared by all hosts."
             ) from error
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Ask the storage again and again whether it still knows the locks of the leases that are held."""
+        task_status.started()
+        limiter = trio.CapacityLimiter(1)  # a storage that hangs must not take the threads of the others
+        while True:
+            await trio.sleep(PROBE_S)
+            held = [lease for lease in self._leases.values() if lease.state is LeaseState.HELD]
+            if not held:
+                continue
+            for lease, reason in await trio.to_thread.run_sync(
+                _probe_all, held, limiter=limiter, abandon_on_cancel=True
+            ):
+                if lease.state is LeaseState.HELD and self._leases.get(lease.image.inode) is lease:
+                    _log.error("%s: the storage has dropped its locks: %s", lease.image.name, reason)
+                    lease.state = LeaseState.LOST
+                    self._on_change(lease)
 
     async def stop(self) -> None:
         """Close the lock directory and remove what is left of the owner records."""
@@ -210,6 +236,21 @@ class FcntlBackend(Backend):
             if held is not None:
                 os.close(held)
 
+    async def evidence(self, image: Image) -> Evidence:
+        """Who has locks, and that only the storage can end them."""
+        holders = await self.holders(image)
+        if not holders:
+            return Evidence(("No other host has locks on the image.",), free=True)
+        return Evidence(
+            (
+                f"The image is locked by {', '.join(map(str, holders))}.",
+                "File locks cannot be broken from here. The storage keeps them for as long as it takes their "
+                "host for alive; an NFS server drops those of a client that is silent for its lease time "
+                "(90 s, mostly), or when told to (/proc/fs/nfsd/clients/*/ctl).",
+            ),
+            free=False,
+        )
+
     async def known_paths(self) -> list[bytes]:
         """Paths from the owner records of all hosts."""
         return await self._in_thread(self._records.paths)
@@ -263,7 +304,9 @@ class FcntlBackend(Backend):
 
     def _release(self, lease: FcntlLease) -> None:
         self._records.remove(lease.image.inode, lease.mode)
-        self._give_back(lease)
+        with lease.mutex:
+            lease.ended = True
+            self._give_back(lease)
 
     def _give_back(self, lease: FcntlLease) -> None:
         """Drop all locks, the second also if the first fails; raises BackendError."""
@@ -285,16 +328,18 @@ class FcntlBackend(Backend):
         image, old = lease.image, lease.mode
         _check_descriptor(image, mode)
         changed = False
-        try:
-            changed = self._change(lease, mode)
-        except OSError as error:
-            raise _failed(image, "relocked", error) from error
-        finally:
-            if not changed:
-                self._restore(lease)
+        with lease.mutex:
+            try:
+                changed = self._change(lease, mode)
+            except OSError as error:
+                raise _failed(image, "relocked", error) from error
+            finally:
+                if not changed:
+                    self._restore(lease)
+            if changed:
+                lease.mode = mode
         if not changed:
             raise self._busy(image, lease.lock_file)
-        lease.mode = mode
         self._records.write(image.inode, mode, lease.owner, image.path)
         self._records.remove(image.inode, old)
 
@@ -341,6 +386,24 @@ class FcntlBackend(Backend):
             return [*found, sightings.on_lock_byte(conflict, self._host)] if conflict else found
         except OSError as error:
             raise _failed(image, "asked for locks", error) from error
+
+
+def _probe_all(leases: list[FcntlLease]) -> list[tuple[FcntlLease, str]]:
+    """Those of the leases whose locks are lost, with the reason; worker thread."""
+    lost = []
+    for lease in leases:
+        with lease.mutex:
+            if lease.ended:
+                continue
+            try:
+                if not image_locks.still_ours(lease.image.descriptor, lease.mode):
+                    lost.append((lease, "somebody else has locked the image"))
+            except OSError as error:
+                if error.errno in _LOST:
+                    lost.append((lease, error.strerror or str(error)))
+                else:
+                    _log.warning("%s: its locks cannot be checked: %s", lease.image.name, error.strerror)
+    return lost
 
 
 def _ours(lease: Lease) -> FcntlLease:

@@ -69,6 +69,16 @@ def take(fd: int, mode: Mode, parties: Parties) -> bool:
     return not parties.qemu or _take_as_qemu(fd, mode)
 
 
+def still_ours(fd: int, mode: Mode) -> bool:
+    """Whether the storage still takes our lock for ours, asked by locking once more what is locked already.
+
+    Raises:
+        OSError: EIO, ENOLCK or ESTALE where it knows that the lock is lost (NFS: a server that restarted and
+            let nobody reclaim, or gave up on this client); others if it did not say.
+    """
+    return ofd.try_lock(fd, ofd.WRITE if mode is Mode.EXCLUSIVE else ofd.READ, OWN_BYTE)
+
+
 def _take_as_qemu(fd: int, mode: Mode) -> bool:
     exclusive = mode is Mode.EXCLUSIVE
     locks = _EXCLUSIVE_LOCKS if exclusive else _SHARED_LOCKS

@@ -29,7 +29,8 @@ class Handle:
     served through it has the semantics that were asked for. `open_flags` (FOPEN_*) and `backing_id` (0: none)
     are what the kernel is told in the open's reply. `gate` stands before every change of data that comes
     through lockfs; None where the handle cannot change data. `peeks`: whether its file system can read what
-    is in memory and nothing else, as far as is known.
+    is in memory and nothing else, as far as is known. `dead`: it was revoked, the kernel fails every read and
+    write through it.
     """
 
     nodeid: int
@@ -40,6 +41,7 @@ class Handle:
     gate: Gate | None
     number: int = 0
     peeks: bool = True
+    dead: bool = False
 
     @property
     def writable(self) -> bool:

@@ -16,7 +16,7 @@ from lockfs.backends.paxos.options import LayoutKind, PaxosOptions
 from lockfs.cli import words
 from lockfs.cli.words import shown
 from lockfs.errors import UsageError
-from lockfs.keeper.policy import Local, Policy, Readers
+from lockfs.keeper.policy import Local, OnLost, Policy, Readers
 from lockfs.mirror.modes import IoMode
 from lockfs.mount.options import BACKENDS, MountOptions
 from lockfs.paxos.timing import IO_TIMEOUT_MAX, IO_TIMEOUT_MIN
@@ -26,6 +26,7 @@ WAIT_S_MAX = 3600.0
 MAX_READ_MIN, MAX_READ_MAX = 4096, 1 << 24
 LIST_ITEMS_MAX = 64
 WATCHDOG_MIN, WATCHDOG_MAX = 10, 600
+WDMD_S = 60
 PATH_CHARS_MAX = 4095
 
 USAGE = """\
@@ -49,6 +50,8 @@ options:
   handover_wait=SECONDS                the same while a guest migrates (10)
   readers=allow|shared                 reading needs no lease, or a shared one (allow)
   local=process|host                   who may write together on one host (process)
+  on_lost=revoke|kill                  what happens to openers whose lease is lost: their handles fail,
+                                       or they are killed (revoke)
   guests=, managers=, incoming=        colon-separated: programs that are guests, programs that
                                        manage them, arguments of a guest that takes over
   virtlockd=on|off, qemu=on|off        keep out hosts that lock without lockfs (on)
@@ -61,7 +64,7 @@ options:
   sector=512|4096, align=1|2|4|8       paxos: geometry of what is yet to be made
   join=wait|later                      paxos: whether mounting waits for the lockspace (later)
   state_dir=DIR                        paxos: where this machine keeps its host ids (/var/lib/lockfs)
-  unsafe_no_fence                      paxos: allow io=passthrough, in which a lost lease stops no write
+  watchdog=none|wdmd|DEVICE            what resets this machine should lockfs not be able to fence (none)
   host=NAME                            this machine's name for the others (its host name)
   log=FILE                             write the log there too
   fsname=NAME, subtype=NAME            what the mount table shows
@@ -153,6 +156,10 @@ def _size(*sizes: int) -> Callable[[str, str], int]:
     return lambda name, value: int(choice(name, value))
 
 
+def _watchdog(name: str, value: str) -> str:
+    return value if value in ("none", "wdmd") else _path(name, value)
+
+
 def _max_read(name: str, value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", value) or not MAX_READ_MIN <= int(value) <= MAX_READ_MAX:
         raise UsageError(f"{name}={shown(value)} does not fit: give {MAX_READ_MIN} to {MAX_READ_MAX} bytes.")
@@ -166,6 +173,7 @@ _OWN: dict[str, Callable[[str, str], object]] = {
     "handover_wait": _seconds,
     "readers": _choice(*(rule.value for rule in Readers)),
     "local": _choice(*(rule.value for rule in Local)),
+    "on_lost": _choice(*(rule.value for rule in OnLost)),
     "guests": _list,
     "managers": _list,
     "incoming": _list,
@@ -188,6 +196,7 @@ _OWN: dict[str, Callable[[str, str], object]] = {
     "layout": _choice(*(kind.value for kind in LayoutKind)),
     "join": _choice("wait", "later"),
     "state_dir": _path,
+    "watchdog": _watchdog,
 }
 _FCNTL_ONLY = ("virtlockd", "qemu", "lock_dir")
 _PAXOS_ONLY = (
@@ -195,6 +204,7 @@ _PAXOS_ONLY = (
     "join", "state_dir",
 )  # fmt: skip
 _NO_FENCE = "unsafe_no_fence"
+"""Was needed for io=passthrough with paxos before a lost lease was fenced; accepted, without effect."""
 
 
 @dataclass
@@ -256,7 +266,7 @@ def _cross_checks(own: dict[str, object], *, no_fence: bool) -> None:
                     f"The option {name}= needs backend={owner}: leave it out with backend={backend}."
                 )
     if backend == "paxos":
-        _check_paxos(own, no_fence=no_fence)
+        _check_paxos(own)
         return
     if backend == "nop" and "lock_path" in own:
         raise UsageError("The option lock_path= needs backend=fcntl: leave it out with backend=nop.")
@@ -268,11 +278,10 @@ def _cross_checks(own: dict[str, object], *, no_fence: bool) -> None:
         raise UsageError("The options virtlockd=off and lock_dir= contradict each other: give one of them.")
 
 
-def _check_paxos(own: dict[str, object], *, no_fence: bool) -> None:
-    if own.get("io") == IoMode.PASSTHROUGH.value and not no_fence:
+def _check_paxos(own: dict[str, object]) -> None:
+    if own.get("watchdog") == "wdmd" and cast(int, own.get("watchdog_timeout", WDMD_S)) < WDMD_S:
         raise UsageError(
-            "With backend=paxos, io=passthrough would let a host that lost its lease write on: "
-            f"give io=guarded, or {_NO_FENCE} if you accept that."
+            f"watchdog=wdmd resets a machine within {WDMD_S} seconds: watchdog_timeout= must not be less."
         )
     if own.get("layout") == LayoutKind.LIBVIRT.value and "lock_path" not in own:
         raise UsageError(
@@ -282,7 +291,7 @@ def _check_paxos(own: dict[str, object], *, no_fence: bool) -> None:
         raise UsageError("With backend=paxos, lock_path= is for layout=libvirt: leave it out.")
 
 
-def _paxos(own: dict[str, Any], *, no_fence: bool) -> PaxosOptions:
+def _paxos(own: dict[str, Any]) -> PaxosOptions:
     names = (
         "host_id",
         "lease_area",
@@ -298,7 +307,7 @@ def _paxos(own: dict[str, Any], *, no_fence: bool) -> PaxosOptions:
         given["align"] = own["align"] * MIB
     if "layout" in own:
         given["layout"] = LayoutKind(own["layout"])
-    return PaxosOptions(**given, join_wait=own.get("join") == "wait", unsafe_no_fence=no_fence)
+    return PaxosOptions(**given, join_wait=own.get("join") == "wait")
 
 
 def _policy(own: dict[str, Any]) -> Policy:
@@ -308,6 +317,8 @@ def _policy(own: dict[str, Any]) -> Policy:
         given["readers"] = Readers(own["readers"])
     if "local" in own:
         given["local"] = Local(own["local"])
+    if "on_lost" in own:
+        given["on_lost"] = OnLost(own["on_lost"])
     return Policy(**given)
 
 
@@ -329,7 +340,7 @@ def _build(read: _Words, source: str, mountpoint: str, *, foreground: bool, debu
         backend=own.get("backend", BACKENDS[0]),
         policy=_policy(own),
         fcntl=FcntlOptions(**{name: own[name] for name in (*_FCNTL_ONLY, "lock_path") if name in own}),
-        paxos=_paxos(own, no_fence=read.no_fence),
+        paxos=_paxos(own),
         subtype=own.get("subtype", "lockfs"),
         read_only=bool(flags & words.MS_RDONLY),
         mount_flags=flags,
@@ -337,6 +348,7 @@ def _build(read: _Words, source: str, mountpoint: str, *, foreground: bool, debu
         foreground=foreground or debug,
         debug=debug,
         log=own.get("log"),
+        watchdog=own.get("watchdog", "none"),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from lockfs.backends.base import Image, Mode
+from lockfs.backends.base import Image, Lease, Mode
 from lockfs.errors import WriteRefused
 from lockfs.keeper.gate import Gate, GateState
 from lockfs.keeper.openers import Opener
@@ -21,12 +21,15 @@ class Access(enum.Enum):
 class Kind(enum.Enum):
     """READER never writes; LEASED writes under the host's lease; PROVISIONAL asks for the lease at its first
     change; MANAGED holds a writable descriptor only for labels, so far, and needs a free image to
-    change it."""
+    change it. SUSPENDED lost the lease and may have it back if nobody else has had it since. FENCED lost it
+    for good, and counts for nothing any more."""
 
     READER = "reader"
     LEASED = "leased"
     PROVISIONAL = "provisional"
     MANAGED = "managed"
+    SUSPENDED = "suspended"
+    FENCED = "fenced"
 
 
 @dataclass(eq=False)
@@ -38,6 +41,7 @@ class Grant:
     the epoch. `covered`: a reader that the host's lease counts. `active`: it may have changed data under
     the lease, that is, its gate opened. `seen`: while active, its guest was seen to hold QEMU's write byte,
     so the byte's absence later says that the guest has stopped. A guest with locking off is never seen.
+    `lost`: of a SUSPENDED grant, the lease it had.
     """
 
     image: Image
@@ -50,6 +54,7 @@ class Grant:
     covered: bool = False
     active: bool = False
     seen: bool = False
+    lost: Lease | None = None
 
     @property
     def writes(self) -> bool:

@@ -229,7 +229,7 @@ class Claims:
             try:
                 if self._allowed(record, grant):
                     return
-                if grant.kind in (Kind.PROVISIONAL, Kind.MANAGED):
+                if grant.kind in (Kind.PROVISIONAL, Kind.MANAGED, Kind.SUSPENDED):
                     await self._become_writer(record, grant, wish)
                 elif not record.sure:
                     raise LeaseInDoubt(f"the lease of image '{record.image.name}' is in doubt")
@@ -247,13 +247,33 @@ class Claims:
         else:
             # Polled, although on this host: that a guest stops is no event here.
             raise ImageBusy(f"image '{record.image.name}' is being written by {rival} on this host")
+        if grant.kind is Kind.SUSPENDED:
+            self._check_lineage(record, grant)
+
+    def _check_lineage(self, record: Record, grant: Grant) -> None:
+        """Refuse, for good, a grant whose lease somebody else has had since it was lost.
+
+        Raises:
+            LeaseUnavailable: the image may be another by now than the one that the grant's guest knows.
+        """
+        if record.lease is not None and grant.lost is not None and record.lease.follows(grant.lost):
+            return
+        log.error(
+            "image '%s': somebody else has had it since %s lost its lease; it must be opened again",
+            record.image.name,
+            grant.opener,
+        )
+        grant.kind = Kind.FENCED
+        record.refresh_gates()
+        raise grant.gate.refusal or LeaseUnavailable(f"the lease of '{record.image.name}' was lost for good")
 
     def _activate(self, record: Record, grant: Grant) -> None:
         """Let the grant's whole process write under the lease."""
+        self._rivals.outlive(record, grant.opener)
         for other in record.grants:
             if other is grant or other.opener.same_process(grant.opener):
-                if other.kind is Kind.PROVISIONAL or other is grant:
-                    other.kind = Kind.LEASED
+                if other.kind in (Kind.PROVISIONAL, Kind.SUSPENDED) or other is grant:
+                    other.kind, other.lost = Kind.LEASED, None
                 if other.kind is Kind.LEASED:
                     other.active = True
         record.look_at = record.look_gap_s = 0.0

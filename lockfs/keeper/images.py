@@ -48,8 +48,9 @@ class Turn:
 class Record:
     """What the keeper knows of one image.
 
-    `users` counts the operations under way on it. Until trio time `reserved_until` a free lease is left to
-    the host it was yielded to. `look_at` and `look_gap_s` pace the looks for QEMU's write byte.
+    `users` counts the operations under way on it. `lost`: the lease is no more than an entry in the books;
+    `suspending`: its opens will be SUSPENDED in a moment. Until trio time `reserved_until` a free lease is
+    left to the host it was yielded to. `look_at` and `look_gap_s` pace the looks for QEMU's write byte.
     """
 
     def __init__(self, image: Image) -> None:
@@ -58,6 +59,7 @@ class Record:
         self.users = 0
         self.lease: Lease | None = None
         self.lost = False
+        self.suspending = False
         self.announced = False
         self.yielding = False
         self.releasing = False
@@ -74,12 +76,13 @@ class Record:
         """Enter a lease that was just acquired."""
         self.lease = lease
         self.lost = lease.state in (LeaseState.LOST, LeaseState.RELEASED)
+        self.suspending = False
         self.announced = False
 
     def drop(self) -> None:
         """Strike out a lease that was given back."""
         self.lease = None
-        self.lost = False
+        self.lost = self.suspending = False
         self.announced = False
 
     def enter(self, grant: Grant) -> None:
@@ -134,22 +137,28 @@ class Record:
     def refresh_gates(self) -> None:
         """Make every writing grant's gate follow from the lease. Nobody else opens a gate."""
         for grant in self.grants:
-            if grant.kind in (Kind.PROVISIONAL, Kind.MANAGED):
+            if grant.kind in (Kind.PROVISIONAL, Kind.MANAGED, Kind.SUSPENDED):
                 grant.gate.set(GateState.ASK)
+            elif grant.kind is Kind.FENCED:
+                grant.gate.set(GateState.SHUT, self._loss(grant))
             elif grant.kind is Kind.LEASED:
                 self._set_leased(grant)
 
     def _set_leased(self, grant: Grant) -> None:
-        if self.lost or self.lease is None:
-            sentence = (
-                f"the lease of image '{self.image.name}' was lost, another host may hold it: "
-                f"{grant.opener} must close it and open it again"
-            )
-            grant.gate.set(GateState.SHUT, LeaseUnavailable(sentence))
+        if self.suspending:
+            grant.gate.set(GateState.ASK)
+        elif self.lost or self.lease is None:
+            grant.gate.set(GateState.SHUT, self._loss(grant))
         elif self.sure and grant.active and not self.yielding:
             grant.gate.set(GateState.OPEN, in_time=self.lease.in_time)
         else:
             grant.gate.set(GateState.ASK)
+
+    def _loss(self, grant: Grant) -> LeaseUnavailable:
+        return LeaseUnavailable(
+            f"the lease of image '{self.image.name}' was lost, another host may hold it: "
+            f"{grant.opener} must close it and open it again"
+        )
 
     def enqueue(self, wish: Wish) -> None:
         """Line up: urgent wishes before the others, each group in order of arrival."""
@@ -210,7 +219,7 @@ class Record:
             state: LeaseState = LeaseState.LOST if self.lost else self.lease.state
             return str(state.value)
         kinds = {grant.kind for grant in self.grants}
-        for kind in (Kind.PROVISIONAL, Kind.MANAGED):
+        for kind in (Kind.PROVISIONAL, Kind.MANAGED, Kind.SUSPENDED, Kind.FENCED):
             if kind in kinds:
                 return str(kind.value)
         return "reading" if kinds else "waiting"

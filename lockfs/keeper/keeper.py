@@ -16,6 +16,7 @@ import trio
 
 from lockfs.backends.base import Backend, Holder, Image, Lease, Mode, Owner
 from lockfs.errors import ImageBusy
+from lockfs.keeper.fencing import FENCE_THREADS, Fencing
 from lockfs.keeper.gate import Gate, GateState
 from lockfs.keeper.grants import Access, Grant, HeldImage, Kind, managed, reader
 from lockfs.keeper.handover import Claims, Yielding
@@ -57,6 +58,7 @@ class Keeper:
         clock: Callable[[], float] = time.time,
         random: Random | None = None,
     ) -> None:
+        given = workers is not None
         workers = workers or Threads()
         self._backend = backend
         self._policy = policy
@@ -64,18 +66,25 @@ class Keeper:
         self._clock = clock
         self._ledger = Ledger()
         self._stirred = trio.Event()
-        self._leases = Leases(backend, surroundings, workers, self._stir, freed)
+        self._leases = Leases(backend, surroundings, workers, self._stir, freed, self._lost, self._doubt)
+        fencers = workers if given else Threads(FENCE_THREADS)
+        self._fencing = Fencing(self._ledger, self._leases, surroundings, fencers, policy)
         self._waiting = Waiting(backend, random or Random())
         self._rivals = Rivals(policy, host, surroundings, workers)
         self._yielding = Yielding(backend, self._ledger, self._leases, surroundings, workers)
         self._claims = Claims(self._ledger, self._leases, self._waiting, self._rivals, self._yielding)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Look after yielding and late releases until cancelled.
+        """Look after yielding, late releases and fencing until cancelled.
 
         Opens and closes work without it. Whoever runs it starts the backend before, with `lease_changed`.
         """
-        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._fencing.run)
+            task_status.started()
+            await self._look_after()
+
+    async def _look_after(self) -> None:
         retry_at = 0.0
         while True:
             self._stirred = trio.Event()
@@ -101,6 +110,35 @@ class Keeper:
         if record is not None and record.lease is lease:
             self._leases.changed(record, lease)
             self._stir()
+
+    async def fence(self, inode: int | None) -> int:
+        """Fence an image by hand, or all: what is open of it is dead and its lease given back when this
+        returns.
+
+        Cancelled, it goes on. Returns how many opens there were; images that nobody here can write to are
+        left alone.
+        """
+        opens, ends = 0, []
+        for record in self._ledger.all():
+            live = [grant for grant in record.grants if grant.kind is not Kind.FENCED]
+            if inode in (None, record.image.inode) and any(grant.writes for grant in live):
+                log.error("image '%s': fenced by hand", record.image.name)
+                ends.append(self._fencing.condemn(record))
+                opens += len(live)
+        for end in ends:
+            await end.wait()
+        return opens
+
+    @property
+    def fences_hold(self) -> bool:
+        """Whether nothing here can change an image whose lease is lost or in doubt."""
+        return not self._fencing.unfenced
+
+    def _lost(self, record: Record) -> None:
+        self._fencing.lost(record)
+
+    def _doubt(self, record: Record) -> None:
+        self._fencing.doubt(record)
 
     async def open(self, image: Image, opener: Opener, access: Access) -> Grant:
         """Grant an open, waiting as the policy says. Cancelled or failed, nothing stays taken.
@@ -153,7 +191,8 @@ class Keeper:
         wish.tolerant = True
         if not managed:
             wish.urgent = True
-            wish.ask_at = now
+            if grant.kind is not Kind.SUSPENDED:  # whoever has the image by now is not to be disturbed
+                wish.ask_at = now
         await self._claims.claim(grant.image, grant, wish)
         self._stir()
 
@@ -272,6 +311,8 @@ class Keeper:
                 raise ImageBusy(f"image '{image.name}' is being handed over to another host")
             try:
                 await self._leases.secure(record, wish)
+                if grant.writes:
+                    self._rivals.outlive(record, grant.opener)
                 record.enter(grant)
             finally:
                 await self._leases.relax(record)

@@ -29,22 +29,27 @@ class Leases:
     """Moves leases between the records and the backend.
 
     `stir` is called when a record is left with more lease than it needs; `freed` when an image whose lease
-    could not be given back at its last close is free at last.
+    could not be given back at its last close is free at last. `lost` is called when a lease is lost for
+    good, `doubt` when it cannot be relied on for the moment (see fencing).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  (what the keeper is made of)
         self,
         backend: Backend,
         surroundings: Surroundings,
         workers: Workers,
         stir: Callable[[], None],
         freed: Callable[[Image], None],
+        lost: Callable[[Record], None],
+        doubt: Callable[[Record], None],
     ) -> None:
         self._backend = backend
         self._surroundings = surroundings
         self._workers = workers
         self._stir = stir
         self._freed = freed
+        self._lost = lost
+        self._doubt = doubt
 
     async def secure(self, record: Record, wish: Wish, *, announce: bool = True) -> None:
         """Make sure that the host certainly holds a lease at least as strong as wished, in one attempt.
@@ -158,12 +163,13 @@ class Leases:
         if lease.state in (LeaseState.LOST, LeaseState.RELEASED):
             if record.releasing or record.lost:
                 return
-            record.lost = True
             log.error("image '%s': the lease of %s is lost; its writes are refused", name, lease.owner)
+            self._lost(record)
         elif record.lost:
             log.error("image '%s': its lost lease came back; too late for those who have it open", name)
         elif lease.state is LeaseState.DOUBT:
             log.warning("image '%s': its lease is in doubt; writes wait", name)
+            self._doubt(record)
         else:
             log.info("image '%s': its lease is certain again", name)
         record.refresh_gates()

@@ -22,6 +22,15 @@ class Local(enum.Enum):
     HOST = "host"
 
 
+class OnLost(enum.Enum):
+    """What is done to those who have an image open when its lease is lost: REVOKE their handles, or KILL
+    them.
+    """
+
+    REVOKE = "revoke"
+    KILL = "kill"
+
+
 @dataclass(frozen=True)
 class Policy:
     """The rules of one mount.
@@ -36,6 +45,7 @@ class Policy:
     handover_wait: float = 10.0
     readers: Readers = Readers.ALLOW
     local: Local = Local.PROCESS
+    on_lost: OnLost = OnLost.REVOKE
     yielding: bool = True
     guests: tuple[str, ...] = ("qemu-system-*", "qemu-kvm", "kvm")
     managers: tuple[str, ...] = ("libvirtd", "virtqemud", "virtlockd", "virtstoraged", "virtlogd")

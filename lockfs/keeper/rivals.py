@@ -40,6 +40,17 @@ class Rivals:
                 f"image '{record.image.name}' is open for writing by {rival} on this host ({self._host})"
             )
 
+    def outlive(self, record: Record, opener: Opener) -> None:
+        """The opener is about to write: who lost the lease here before, and may not write beside it, has
+        lost it for good, as if another host had taken the image.
+        """
+        if self._policy.local is Local.HOST:
+            return
+        for grant in record.grants:
+            if grant.kind is Kind.SUSPENDED and not grant.opener.same_process(opener):
+                grant.kind = Kind.FENCED
+        record.refresh_gates()
+
     async def _inherited(self, record: Record, opener: Opener) -> bool:
         """Whether the opener holds a descriptor of the writers.
 

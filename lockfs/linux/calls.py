@@ -53,6 +53,10 @@ def _check(result: int) -> int:
     return result
 
 
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+"""fallocate(2), modes."""
+
+
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2); offset and length in bytes, any mode the file system takes."""
     _check(_libc.fallocate(fd, mode, offset, length))

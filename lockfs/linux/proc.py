@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 _STATUS_BYTES_MAX = 16384
@@ -150,6 +153,107 @@ def locked_bytes(device: int, inode: int) -> list[tuple[int, int]]:
                 last = 2**63 - 1 if words[-1] == b"EOF" else int(words[-1])
                 found.append((int(words[-2]), last))
     return found
+
+
+def shared_mappers(devices: set[int], inodes: set[int]) -> dict[int, set[int]]:
+    """Who has files mapped shared so that a store into memory may reach them: process ids by inode number.
+
+    A mapping counts if it is shared and is, or can be made, writable ("sh" and "mw" among the VmFlags of
+    /proc/PID/smaps, proc(5)); `devices` are the st_dev under which the kernel may show the files. Processes
+    that end meanwhile are left out.
+    """
+    wanted = {f"{os.major(device):02x}:{os.minor(device):02x}".encode() for device in devices}
+    found: dict[int, set[int]] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/maps", "rb") as maps:
+                mapped = {inode for inode in _shared_inodes(maps, wanted) if inode in inodes}
+            if mapped:
+                with open(f"/proc/{name}/smaps", "rb") as smaps:
+                    mapped &= _changeable_inodes(smaps, wanted)
+        except OSError:
+            continue
+        for inode in mapped:
+            found.setdefault(inode, set()).add(int(name))
+    return found
+
+
+def _shared_inodes(maps: Iterable[bytes], wanted: set[bytes]) -> Iterator[int]:
+    """Inodes of the shared mappings in /proc/PID/maps: ADDRESSES PERMISSIONS OFFSET DEVICE INODE PATH."""
+    for line in maps:
+        words = line.split(None, 5)
+        if len(words) >= 5 and words[1].endswith(b"s") and words[3] in wanted:
+            yield int(words[4])
+
+
+def _changeable_inodes(smaps: Iterable[bytes], wanted: set[bytes]) -> set[int]:
+    found = set()
+    inode = 0
+    for line in smaps:
+        words = line.split(None, 5)
+        if b"-" in words[0] and not words[0].endswith(b":"):
+            inode = int(words[4]) if words[3] in wanted else 0
+        elif inode and words[0] == b"VmFlags:" and {b"sh", b"mw"} <= set(line.split()[1:]):
+            found.add(inode)
+    return found
+
+
+def kill_all(identities: Iterable[tuple[int, int]], deadline_s: float) -> set[tuple[int, int]]:
+    """SIGKILL processes, all before any is waited for; those that are not gone within `deadline_s` seconds.
+
+    Processes are given by id and start time (start_time), so that one that came to the same number meanwhile
+    is spared. Those that cannot be killed, of other users or pid namespaces (id 0), count as not gone.
+    """
+    waited: dict[int, tuple[int, int]] = {}
+    there: set[tuple[int, int]] = set()
+    try:
+        for pid, started in identities:
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            except OSError:
+                there.add((pid, started))
+                continue
+            waited[descriptor] = (pid, started)
+            if not _signal(descriptor, pid, started):
+                os.close(descriptor)
+                del waited[descriptor]
+        _await_ends(waited, deadline_s)
+        return there | set(waited.values())
+    finally:
+        for descriptor in waited:
+            os.close(descriptor)
+
+
+def _signal(descriptor: int, pid: int, started: int) -> bool:
+    """SIGKILL through a pidfd; False if the process is gone already."""
+    if start_time(pid) != started:
+        return False
+    try:
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _await_ends(waited: dict[int, tuple[int, int]], deadline_s: float) -> None:
+    """Wait for processes; closes and takes out the descriptors of those that end."""
+    end = time.monotonic() + deadline_s
+    poller = select.poll()
+    for descriptor in waited:
+        poller.register(descriptor, select.POLLIN)
+    while waited:
+        left = end - time.monotonic()
+        ended = poller.poll(max(0.0, left) * 1000)
+        for descriptor, _ in ended:
+            poller.unregister(descriptor)
+            os.close(descriptor)
+            del waited[descriptor]
+        if left <= 0 and not ended:
+            return
 
 
 INTERRUPTING = frozenset(

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from lockfs.backends.base import Image
+from lockfs.channel.handles import Handle
 from lockfs.keeper.openers import Opener, identify
 from lockfs.mirror.credentials import Caller
 from lockfs.mirror.inodes import Inode
@@ -32,7 +33,7 @@ class Backing:
 
     `users`: opens and operations that need it. `descriptor`: the registered description, -1 before the first
     user opened it. `lock_descriptor`: a second one for the lease's locks, where the first could be opened
-    for reading only; -1 otherwise. `passing`: how many handles are open with passthrough. `leftover`: the
+    for reading only; -1 otherwise. `passing`: the handles that are open with passthrough. `leftover`: the
     descriptors of an inode that the kernel forgot meanwhile.
     """
 
@@ -45,7 +46,7 @@ class Backing:
         self.lock_descriptor = -1
         self.backing_id = 0
         self.unregistrable = False
-        self.passing = 0
+        self.passing: list[Handle] = []
         self.leftover: list[int] = []
 
     @property

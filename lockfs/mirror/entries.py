@@ -38,6 +38,16 @@ def bare_entry(number: int, mode: int) -> pyfuse3.EntryAttributes:
     return entry
 
 
+def struck_entry(inode: Inode) -> pyfuse3.EntryAttributes:
+    """An inode of a new generation, for a kernel that is to give up the old one. Its attributes, which the
+    kernel takes for the moment, are made up: what it needs of them it asks for.
+    """
+    entry = bare_entry(inode.number, inode.kind)
+    entry.st_nlink = 1
+    entry.generation = inode.generation
+    return entry
+
+
 def _entry(number: int, status: os.stat_result) -> pyfuse3.EntryAttributes:
     entry = pyfuse3.EntryAttributes()
     entry.st_ino = number

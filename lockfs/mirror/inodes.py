@@ -139,6 +139,11 @@ class InodeTable:
             inode.lookups += 1
         return inode
 
+    def count(self, inode: Inode) -> None:
+        """Count one more lookup of an inode that is known."""
+        with self._counting:
+            inode.lookups += 1
+
     def count_again(self, status: os.stat_result) -> Inode | None:
         """Count one more lookup of a file that is known as just what `status` says; None if it is not.
 

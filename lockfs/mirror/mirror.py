@@ -27,7 +27,8 @@ from lockfs.mirror.backings import Backings
 from lockfs.mirror.creations import Creations
 from lockfs.mirror.credentials import Caller
 from lockfs.mirror.directories import Directories
-from lockfs.mirror.entries import attributes_hold, entry_of, volume_of
+from lockfs.mirror.entries import attributes_hold, entry_of, struck_entry, volume_of
+from lockfs.mirror.fences import Fences
 from lockfs.mirror.inodes import Inode
 from lockfs.mirror.modes import IoMode
 from lockfs.mirror.names import Names
@@ -93,6 +94,9 @@ class Mirror(pyfuse3.Operations):
         super().__init__()
         self._store = Store(store_fd, handles, kernel, io, policy)
         self.surroundings = MirrorSurroundings(handles, kernel)
+        self._fences = Fences(self._store.inodes, handles)
+        self.surroundings.fences = self._fences
+        self.surroundings.store_device = self._store.inodes.device
         self._backings = Backings(self._store)
         self._opens = Opens(self._store, self._backings, self.surroundings)
         self._creations = Creations(self._store, self._backings, self._opens)
@@ -117,7 +121,11 @@ class Mirror(pyfuse3.Operations):
 
     @device.setter
     def device(self, device: int) -> None:
-        self.surroundings.device = device
+        self.surroundings.device = self._fences.device = device
+
+    def mounted_at(self, mountpoint: str) -> None:
+        """Say where the mount is found, so that its handles can be revoked."""
+        self._fences.mountpoint = mountpoint
 
     def _inode(self, number: int) -> Inode:
         return self._store.inodes.get(number)
@@ -127,7 +135,12 @@ class Mirror(pyfuse3.Operations):
     @_answers
     async def lookup(self, parent_inode: int, name: bytes, ctx: Caller) -> pyfuse3.EntryAttributes:
         """Find a name; the answer counts as one lookup."""
-        return entry_of(*await self._names.lookup(self._inode(parent_inode), name, ctx))
+        parent = self._inode(parent_inode)
+        struck = self._fences.target(parent, name)
+        if struck is not None:
+            self._store.inodes.count(struck)
+            return struck_entry(struck)
+        return entry_of(*await self._names.lookup(parent, name, ctx))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Take lookups back; an inode without any is closed."""

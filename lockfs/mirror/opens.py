@@ -161,7 +161,7 @@ class Opens:
             grant.kind,
             may_yield=grant.may_yield,
             registered=bool(backing.backing_id) and self._backings.wanted,
-            passing=backing.passing > 0,
+            passing=any(not handle.dead for handle in backing.passing),
             locks_apart=backing.locks_apart,
         )
         if self._store.local:
@@ -171,14 +171,11 @@ class Opens:
         handle = Handle(backing.inode.number, start.descriptor, flags, mode, backing_id, gate)
         self._store.handles.add(handle)
         self._files[handle.number] = OpenFile(handle, backing.inode, backing, grant, entry)
-        self._count(handle, backing, 1)
-        return handle, start.status or os.fstat(start.descriptor)
-
-    def _count(self, handle: Handle, backing: Backing, by: int) -> None:
         if handle.open_flags & FOPEN_PASSTHROUGH:
-            backing.passing += by
+            backing.passing.append(handle)
         if not is_passed(handle.open_flags):
-            self._surroundings.unpassed += by
+            self._surroundings.unpassed += 1
+        return handle, start.status or os.fstat(start.descriptor)
 
     @asynccontextmanager
     async def starting(self, inode: Inode) -> AsyncIterator[Start]:
@@ -242,7 +239,10 @@ class Opens:
             await self._store.keeper.close(file.grant)
         finally:
             self._store.handles.remove(number)
-            self._count(file.handle, file.backing, -1)
+            if file.handle.open_flags & FOPEN_PASSTHROUGH:
+                file.backing.passing.remove(file.handle)
+            if not is_passed(file.handle.open_flags):
+                self._surroundings.unpassed -= 1
             spent = self._backings.leave(file.backing)
             descriptor = file.handle.descriptor
             if self._store.closes_at_once(descriptor) and not file.handle.flags & os.O_TRUNC:

@@ -21,6 +21,7 @@ class MountOptions:
     mount table and `subtype` its type (`fuse.SUBTYPE`). `mount_flags` are MS_* bits of mount(2), and
     `kernel_options` are appended to its data string. `host` is this machine's name as other hosts see it.
     `read_only` repeats the MS_RDONLY bit. `log` is a file that gets the log too.
+    `watchdog` is "none", "wdmd" or a device.
     """
 
     source: str
@@ -39,3 +40,4 @@ class MountOptions:
     foreground: bool = False
     debug: bool = False
     log: str | None = None
+    watchdog: str = "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from dataclasses import asdict
@@ -14,15 +15,21 @@ import lockfs
 from lockfs.backends.base import Backend, Holder, Image
 from lockfs.channel.device import Device
 from lockfs.channel.handles import HandleTable
-from lockfs.errors import BackendError, LockfsError, UsageError
+from lockfs.errors import BackendError, ImageBusy, LockfsError, UsageError
 from lockfs.keeper.grants import HeldImage
 from lockfs.keeper.keeper import Keeper
-from lockfs.linux import calls
+from lockfs.keeper.openers import Opener, Role
+from lockfs.linux import calls, proc
 from lockfs.mount.options import MountOptions
 from lockfs.mount.walk import inodes_below
 
 Answer = dict[str, Any]
+log = logging.getLogger("lockfs.mount")
 REMOTE_MAX = 4096  # images of other hosts in one report
+FENCE_S = 8.0
+"""How long a request to fence waits for the end before it answers."""
+BREAK_WAIT_S = 5.0
+"""How long a request to free an image waits for a silent holder before it answers, seconds."""
 COLLECT_S = 6.0
 """How long one request to remove leases works before it answers; whoever asked asks again."""
 
@@ -63,6 +70,10 @@ class Report:
             return await self._who(path)
         if operation == "hosts":
             return await self._hosts()
+        if operation == "fence":
+            return await self._fence(question.get("path"))
+        if operation == "break":
+            return await self._break(question.get("path"), force=question.get("force") is True)
         if operation == "gc":
             return await self._collect()
         raise UsageError(f"there is no operation {operation!r}")
@@ -84,6 +95,61 @@ class Report:
 
     async def _hosts(self) -> Answer:
         return {"hosts": [asdict(peer) for peer in await self._backend.peers()]}
+
+    async def _fence(self, path: object) -> Answer:
+        """Fence one image, or all (None); what was open of it is dead when this answers that it is done."""
+        inode = None
+        if path is not None:
+            if not isinstance(path, str):
+                raise UsageError("path must be text")
+            descriptor = await trio.to_thread.run_sync(self._open, path)
+            inode = os.fstat(descriptor).st_ino
+            os.close(descriptor)
+        opens, done = 0, False
+        with trio.move_on_after(FENCE_S):
+            opens = await self._keeper.fence(inode)
+            done = True
+        return {"opens": opens, "done": done}
+
+    async def _break(self, path: object, *, force: bool) -> Answer:
+        """Take the lease of an image whose holder is dead, as the backend's own rules have it, and free it.
+
+        `checked` are sentences about what was looked at; `waits`: the holder is silent, and in so many
+        seconds it counts as dead: ask again, which waits as well.
+        """
+        if not isinstance(path, str):
+            raise UsageError("path must be text")
+        descriptor = await trio.to_thread.run_sync(self._open, path)
+        try:
+            image = Image(os.fstat(descriptor).st_ino, os.fsencode(path), descriptor)
+            return await self._break_image(image, force=force)
+        finally:
+            os.close(descriptor)
+
+    async def _break_image(self, image: Image, *, force: bool) -> Answer:
+        if self._keeper.holds(image.inode):
+            here = f"This mount has the lease of {image.name}: lockfsctl fence frees it."
+            return {"checked": [here], "freed": False, "waits": None, "forcible": False}
+        found = await self._backend.evidence(image)
+        checked = list(found.sentences)
+        if force and found.forcible:
+            log.critical("image '%s': its lease is taken by force: %s", image.name, " ".join(checked))
+            await self._backend.force(image)
+            return {"checked": checked, "freed": True, "waits": None, "forcible": True}
+        if found.dead_in_s:
+            await trio.sleep(min(found.dead_in_s, BREAK_WAIT_S))
+            return {"checked": checked, "freed": False, "waits": found.dead_in_s, "forcible": True}
+        if found.free is not None:
+            return {"checked": checked, "freed": found.free, "waits": None, "forcible": False}
+        freed = False
+        try:
+            async with self._keeper.removing(image, Opener(proc.process_of(os.getpid()), 0, Role.ORDINARY)):
+                freed = True
+        except (ImageBusy, BackendError) as error:
+            checked.append(str(error))
+        if freed and found.forcible:
+            log.error("image '%s': freed of its dead holder: %s", image.name, " ".join(checked))
+        return {"checked": checked, "freed": freed, "waits": None, "forcible": found.forcible}
 
     async def _collect(self) -> Answer:
         """Remove leases of images that are gone, as far as that goes within COLLECT_S."""

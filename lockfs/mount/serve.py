@@ -21,10 +21,11 @@ from lockfs.channel.relay import Relay
 from lockfs.errors import SetupError
 from lockfs.keeper.keeper import Keeper
 from lockfs.mirror.mirror import Mirror
-from lockfs.mirror.modes import IoMode
+from lockfs.mirror.modes import IoMode, is_passed
 from lockfs.mount.control import serve_control
 from lockfs.mount.options import MountOptions
 from lockfs.mount.report import Report
+from lockfs.mount.watchdog import Watchdog, keep_fed, open_watchdog
 
 log = logging.getLogger("lockfs.mount")
 
@@ -45,7 +46,7 @@ def serve(options: MountOptions, source_fd: int, device_fd: int, ready: Callable
     finally:
         os.close(probe)
     if options.backend == "paxos" and options.io is IoMode.AUTO:
-        # A lease that is lost can be kept from writing only where each write passes through lockfs.
+        # Passthrough has to be revoked when a lease is lost, by a lockfs that lives; what is guarded stops.
         options = replace(options, io=IoMode.GUARDED if device.passthrough else IoMode.DAEMON)
     if options.io in (IoMode.PASSTHROUGH, IoMode.GUARDED) and not device.passthrough:
         raise SetupError(
@@ -73,6 +74,8 @@ class _Service:
         self._device = device
         self._ready = ready
         self._handles = HandleTable()
+        self._watchdog: Watchdog | None = None
+        self._orderly = False
         self._backend = make_backend(options, source_fd)
         # In plain passthrough nothing can be taken back from a handle that is open, so nothing is promised.
         yielding = options.policy.yielding and options.io is not IoMode.PASSTHROUGH
@@ -102,6 +105,7 @@ class _Service:
                 await trio.to_thread.run_sync(library.await_greeting)
                 await nursery.start(self._backend.run)
                 await nursery.start(self._keeper.run)
+                await self._start_watchdog(nursery)
                 relay = Relay(self._device, library, self._handles, self._mirror, nursery)
                 relay.start()
                 await self._learn_device()
@@ -109,15 +113,41 @@ class _Service:
                 self._ready()
                 log.info("%s serves %s", self._options.mountpoint, self._options.source)
                 await relay.wait()
+                self._orderly = True
                 pyfuse3.terminate()
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + STOP_DEADLINE_S):
-                await self._mirror.release_all()
-                await self._backend.stop()
+                await self._stop()
             library.close()
             self._mirror.close()
             log.info("%s ended", self._options.mountpoint)
+
+    async def _start_watchdog(self, nursery: trio.Nursery) -> None:
+        """Arm the watchdog that was asked for: it fires before another host may take what this one holds."""
+        timeout_s = self._options.paxos.watchdog_timeout
+        name = self._options.watchdog
+        self._watchdog = await trio.to_thread.run_sync(
+            open_watchdog, name, timeout_s, self._options.mountpoint
+        )
+        if self._watchdog is not None:
+            await nursery.start(keep_fed, self._watchdog, timeout_s, lambda: self._keeper.fences_hold)
+
+    async def _stop(self) -> None:
+        """Give back what is held and disarm the watchdog.
+
+        Not after a failure while the kernel still writes images for their openers: their leases must last,
+        those of fcntl with the backing files, and of paxos until a watchdog or the other hosts end them.
+        """
+        passed = [handle for handle in self._handles.all() if is_passed(handle.open_flags)]
+        writing = sum(handle.writable and not handle.dead for handle in passed)
+        if writing and not self._orderly:
+            log.critical("%d handles are open that the kernel serves: their leases are kept", writing)
+            return
+        await self._mirror.release_all()
+        await self._backend.stop()
+        if self._watchdog is not None:
+            self._watchdog.disarm()
 
     async def _learn_device(self) -> None:
         """Learn the mount's own device number, under which /proc shows what is open and locked on it.
@@ -127,3 +157,4 @@ class _Service:
         status = await trio.to_thread.run_sync(os.stat, self._options.mountpoint)
         await trio.to_thread.run_sync(os.statvfs, self._options.mountpoint)
         self._mirror.device = status.st_dev
+        self._mirror.mounted_at(self._options.mountpoint)

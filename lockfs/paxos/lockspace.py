@@ -137,7 +137,7 @@ class Lockspace:
     @property
     def renewal_due(self) -> float:
         """The clock time of the next renewal."""
-        return self.renewed_at + self.timing.renewal
+        return self.renewed_at + self.timing.renew_every
 
     @property
     def strangers(self) -> list[int]:

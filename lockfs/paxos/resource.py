@@ -81,12 +81,18 @@ class Resource:
     def __init__(
         self, area: Area, lockspace: Lockspace, name: bytes, random: Random, hosts_hint: int = 0
     ) -> None:
-        """`hosts_hint`: for how many hosts the lease probably is (0: all), so that one read suffices."""
+        """`hosts_hint`: for how many hosts the lease probably is (0: all), so that one read suffices.
+
+        `leader` is of the version in hand; `followed` is the one that the version won last came in place of,
+        `last` the one that this object knows to have been there last by its own doing.
+        """
         self.area = area
         self.name = name
         self.hold = Hold.NONE
         self.unsettled = False
         self.leader: Leader | None = None
+        self.followed: Leader | None = None
+        self.last: Leader | None = None
         self._lockspace = lockspace
         self._random = random
         self._num_hosts = hosts_hint or area.shape.hosts_max
@@ -174,6 +180,7 @@ class Resource:
                 if self._lockspace.clock.now() >= give_up_at > 0:
                     break
                 continue
+            self.followed, self.last = survey.leader, won[0]
             if not self._stale(survey):
                 return won
             await self._give_back(won[0], mode)
@@ -327,6 +334,7 @@ class Resource:
         ).summed()
         lockspace.require()
         await self.area.write(sectors.LEADER_SECTOR, sectors.encode_leader(new))
+        self.last = new
         return new
 
     async def inscribe(self, dblock: Dblock, mode: ModeBlock) -> None:

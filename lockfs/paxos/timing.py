@@ -24,8 +24,17 @@ class Timing:
 
     @property
     def renewal(self) -> int:
-        """From one renewal to the next; also how long a joiner of a free id waits before it looks again."""
+        """From one renewal to the next at most; also how long a joiner of a free id waits before it looks
+        again.
+        """
         return 2 * self.io_timeout
+
+    @property
+    def renew_every(self) -> int:
+        """From one renewal to the next while all goes well: more often than the rules ask for, so that
+        storage which is away for 6 io_timeout, from the worst moment on, is back before 8 have passed.
+        """
+        return self.io_timeout
 
     @property
     def late(self) -> int:

@@ -75,8 +75,10 @@ def no_turns(patch: pytest.MonkeyPatch) -> None:
         def __delitem__(self, inode: int) -> None:
             self.pop(inode, None)
 
-    def __init__(self: Unsettled, still: Callable[[Place, Image], Awaitable[bool]]) -> None:
-        made(self, still)
+    def __init__(
+        self: Unsettled, still: Callable[[Place, Image], Awaitable[bool]], settled: Callable[..., None]
+    ) -> None:
+        made(self, still, settled)
         self._hands = Forgiving()
 
     made = Unsettled.__init__

@@ -413,7 +413,7 @@ async def test_a_renewal_across_a_suspension_tells_of_the_doubt(hosts: Hosts) ->
     await trio.sleep_until(epoch.lockspace.renewal_due - 0.01)
     held = host.io.hold("r", times=1)
     await trio.sleep(0.02)
-    host.clock.suspended_s += FAILS_S - 1.5
+    host.clock.suspended_s += FAILS_S - 0.5
     held.let_go()
     await trio.sleep(0.5)
     assert epoch.in_time()
@@ -452,7 +452,7 @@ async def test_an_id_that_was_overwritten_is_lost_at_once(
     expect_log("ERROR .*is lost: ", 1)
     host = await hosts.add()
     epoch = await host.membership.ready()
-    await trio.sleep(5.0)
+    await trio.sleep(5.5)
     hosts.overwrite(epoch.lockspace.host_id, change(hosts.sector(epoch.lockspace.host_id)))
     due = epoch.lockspace.renewal_due
     await trio.sleep_until(due + 0.01)
@@ -466,7 +466,7 @@ async def test_after_a_loss_the_host_joins_anew(hosts: Hosts, expect_log: Expect
     expect_log("ERROR .*is lost: ", 1)
     host = await hosts.add()
     old = await host.membership.ready()
-    await trio.sleep(5.0)
+    await trio.sleep(5.5)
     old_id = old.lockspace.host_id
     hosts.overwrite(old_id, _taken(hosts.sector(old_id)))
     await trio.sleep(10.0)

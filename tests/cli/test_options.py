@@ -13,7 +13,7 @@ from lockfs.backends.fcntl import FcntlOptions
 from lockfs.backends.paxos.options import LayoutKind, PaxosOptions
 from lockfs.cli import options, words
 from lockfs.errors import UsageError
-from lockfs.keeper.policy import Local, Policy, Readers
+from lockfs.keeper.policy import Local, OnLost, Policy, Readers
 from lockfs.mirror.modes import IoMode
 from lockfs.mount.options import MountOptions
 
@@ -106,7 +106,12 @@ def test_defaults() -> None:
         ("backend=paxos,join=later", "paxos", PaxosOptions()),
         ("backend=paxos,state_dir=/s", "paxos", PaxosOptions(state_dir="/s")),
         ("backend=paxos,io=passthrough,unsafe_no_fence", "io", IoMode.PASSTHROUGH),
-        ("backend=paxos,unsafe_no_fence", "paxos", PaxosOptions(unsafe_no_fence=True)),
+        ("backend=paxos,unsafe_no_fence", "paxos", PaxosOptions()),
+        ("backend=paxos,io=passthrough", "io", IoMode.PASSTHROUGH),
+        ("on_lost=kill", "policy", Policy(on_lost=OnLost.KILL)),
+        ("watchdog=wdmd", "watchdog", "wdmd"),
+        ("watchdog=/dev/watchdog1", "watchdog", "/dev/watchdog1"),
+        ("watchdog=none", "watchdog", "none"),
     ],
 )
 def test_options_are_understood(text: str, field: str, value: object) -> None:
@@ -121,7 +126,10 @@ def test_options_are_understood(text: str, field: str, value: object) -> None:
         ("frobnicate", "frobnicate"),
         ("io=fast", "io=.*auto, passthrough, guarded, daemon"),
         ("io", "io needs a value"),
-        ("backend=paxos9", "fcntl, .*nop"),
+        ("backend=paxos9", "fcntl, paxos, nop"),
+        ("on_lost=maim", "revoke, kill"),
+        ("backend=paxos,watchdog=wdmd,watchdog_timeout=30", "within 60 seconds"),
+        ("watchdog=dog", "watchdog.*absolute"),
         ("wait=-1", "wait=.*0 to 3600"),
         ("wait=nan", "wait"),
         ("wait=inf", "wait"),
@@ -168,7 +176,6 @@ def test_options_are_understood(text: str, field: str, value: object) -> None:
         ("backend=paxos,layout=libvirt,lease_area=/l", "needs lock_path="),
         ("backend=paxos,lock_path=/i", "lock_path= is for layout=libvirt"),
         ("backend=paxos,join=never", "join=.*wait, later"),
-        ("backend=paxos,io=passthrough", "io=guarded, or unsafe_no_fence"),
         ("backend=paxos,unsafe_no_fence=yes", "unsafe_no_fence takes no value"),
         ("backend=paxos,virtlockd=on", "backend=fcntl"),
         ("backend=paxos,qemu=on", "backend=fcntl"),
@@ -228,7 +235,6 @@ def test_texts(argv: list[str]) -> None:
     assert made.options is None
     assert made.text
     assert all(f"{name}=" in options.USAGE for name in options._OWN)
-    assert options._NO_FENCE in options.USAGE
 
 
 def test_mount_helper() -> None:
@@ -282,7 +288,6 @@ def _check_paxos(made: MountOptions) -> None:
     if made.backend != "paxos":
         assert paxos == PaxosOptions(lock_path=paxos.lock_path)  # which the fcntl backend has as well
         return
-    assert made.io is not IoMode.PASSTHROUGH or paxos.unsafe_no_fence
     assert paxos.host_id is None or 1 <= paxos.host_id <= 2000
     assert 1 <= paxos.io_timeout <= 60
     assert 10 <= paxos.watchdog_timeout <= 600

@@ -58,6 +58,7 @@ class Simulation:
         self.random = Random(seed)
         policy = Policy(wait=0.5, handover_wait=1.0, local=local)
         self.world = World("abc", policy, seed=seed, delay=DELAY_S)
+        self.world.storage.resumable = seed % 4 > 1
         self.world.storage.processes = local is Local.PROCESS
         self.local = local
         self.faults = faults
@@ -147,8 +148,8 @@ class Simulation:
 
     async def _write(self, host: Host, grant: Grant) -> None:
         before = grant.kind
-        await host.write(grant, self.random.uniform(0, WRITE_S))
-        self.events["written" if before is Kind.LEASED else "claimed"] += 1
+        resumed = await host.write(grant, self.random.uniform(0, WRITE_S))
+        self.events["resumed" if resumed else "written" if before is Kind.LEASED else "claimed"] += 1
 
     async def _guest(self, host: Host, image: Image, pid: int) -> None:
         """Runs from a cold start, stops now and then, and runs on if it can."""

@@ -17,6 +17,7 @@ import trio
 from trio.testing import MockClock
 
 from lockfs.backends.base import LeaseState, Mode
+from lockfs.keeper.fencing import Fencing, Processes
 from lockfs.keeper.gate import Gate, GateState
 from lockfs.keeper.grants import Grant, Kind
 from lockfs.keeper.handover import Claims, Yielding
@@ -30,6 +31,7 @@ from lockfs.keeper.wishes import Wish
 
 from . import test_cancellation as cancellation
 from . import test_failures as failures
+from . import test_fencing as fencing
 from . import test_handover as handover
 from . import test_opens as opens
 from .simulation import simulate
@@ -152,6 +154,57 @@ async def never_withdrawn(self: Waiting, record: Record, wish: Wish) -> None:
     """Leaves its requests on the storage."""
 
 
+async def nobody_maps(self: Fencing, records: set[Record]) -> dict[Record, Processes]:
+    """Does not look for those who map an image."""
+    return {record: {} for record in records}
+
+
+async def all_harmless(self: Fencing, records: set[Record], live: set[Record]) -> set[Record]:
+    """Kills nobody, and goes on as if all had ended."""
+    return records
+
+
+async def trusts_revoking(self: Fencing, records: set[Record]) -> set[Record]:
+    """Takes what could not be revoked for revoked."""
+    await self._surroundings.revoke(frozenset(record.image.inode for record in records))
+    return records
+
+
+async def no_waiting_for_writes(self: Fencing, record: Record, grants: list[Grant]) -> None:
+    """Gives a lease back while a change is under way."""
+
+
+async def no_flush(self: Fencing, record: Record) -> None:
+    """Gives a good lease back before the data are on the storage."""
+
+
+def doubts_gently(self: Fencing, record: Record) -> None:
+    """Takes every handle for one that can be held back."""
+    self._doubted.append(record)
+    self._something.set()
+
+
+def always_suspends(self: Fencing, record: Record) -> None:
+    """Suspends also what writes past lockfs."""
+    record.lost = record.suspending = True
+    record.refresh_gates()
+    self._suspended.append(record)
+    self._something.set()
+
+
+async def blind_to_the_dead(self: Fencing) -> None:
+    """Does not look after dead handles."""
+    await trio.sleep_forever()
+
+
+def forgives(self: Claims, record: Record, grant: Grant) -> None:
+    """Lets a guest go on whoever had its image in between."""
+
+
+def forgives_at_home(self: Rivals, record: Record, opener: Opener) -> None:
+    """Lets a guest go on although another process here wrote in between."""
+
+
 MUTANTS: list[tuple[type, str, Any, list[Detector]]] = [
     (Keeper, "close", release_on_first_close, [opens.test_lease_spans_first_open_to_last_close]),
     (Keeper, "close", cancellable_close, [cancellation.test_a_close_in_a_cancelled_scope]),
@@ -174,6 +227,22 @@ MUTANTS: list[tuple[type, str, Any, list[Detector]]] = [
     (Record, "needed", shared_is_enough, [failures.test_removal_passes_local_holders_and_keeps_hosts_out]),
     (Claims, "_activate", promote_all, [handover.test_a_claim_is_for_its_own_process]),
     (Waiting, "_withdraw", never_withdrawn, [handover.test_first_write_takes_over_from_a_stopped_guest]),
+    (Fencing, "_mappers", nobody_maps, [fencing.test_what_passes_no_gate_is_fenced_in_doubt]),
+    (Fencing, "_end_writers", all_harmless, [fencing.test_a_mapper_that_does_not_end_keeps_the_lease]),
+    (Fencing, "_revoke", trusts_revoking, [fencing.test_openers_are_killed_if_handles_cannot_be_revoked]),
+    (Fencing, "_drained", no_waiting_for_writes, [fencing.test_a_write_that_hangs_keeps_the_lease]),
+    (Fencing, "_settled", no_flush, [fencing.test_the_lease_goes_back_last]),
+    (Fencing, "doubt", doubts_gently, [fencing.test_what_passes_no_gate_is_fenced_in_doubt]),
+    (Fencing, "lost", always_suspends, [fencing.test_lost_without_memory_is_fenced_for_good]),
+    (
+        Fencing,
+        "_watch_the_dead",
+        blind_to_the_dead,
+        [fencing.test_a_mapping_by_a_dead_handle_is_found],
+    ),
+    (Claims, "_check_lineage", forgives, [fencing.test_not_if_another_host_had_it]),
+    (Claims, "_check_lineage", forgives, []),
+    (Rivals, "outlive", forgives_at_home, [fencing.test_not_if_another_process_had_it]),
 ]
 
 
@@ -192,7 +261,7 @@ def run_detector(detector: Detector) -> None:
 
     async def run() -> None:
         world = World()
-        fixtures = {"a": world.hosts[0], "b": world.hosts[1], "expect_log": lambda *_: None}
+        fixtures = {"world": world, "a": world.hosts[0], "b": world.hosts[1], "expect_log": lambda *_: None}
         wanted = inspect.signature(detector).parameters
         with trio.fail_after(1000):
             await detector(**{name: fixtures[name] for name in wanted})

@@ -43,6 +43,7 @@ class Violation(AssertionError):
 class Storage:
     """What all hosts share. `writing` are the changes under way: (inode, host, pid).
 
+    `versions` count the leases of an image; `resumable`: a lost lease can be told from one that follows it.
     `processes`: two processes of one host that write at once are a breach too.
     """
 
@@ -51,6 +52,9 @@ class Storage:
     held: dict[int, dict[str, FakeLease]] = field(default_factory=lambda: defaultdict(dict))
     wanted: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     writing: list[tuple[int, str, int]] = field(default_factory=list)
+    versions: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    resumable: bool = False
+    written: dict[int, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
 
     def rivals(self, inode: int, host: str, mode: Mode) -> list[FakeLease]:
         others = [lease for name, lease in self.held[inode].items() if name != host]
@@ -61,6 +65,7 @@ class Storage:
             if at == inode and (name != host or (self.processes and other != pid)):
                 raise Violation(f"{name}/{other} and {host}/{pid} write image {inode} at once")
         self.writing.append((inode, host, pid))
+        self.written[inode].append((host, pid))
 
     def end(self, inode: int, host: str, pid: int) -> None:
         self.writing.remove((inode, host, pid))
@@ -68,12 +73,24 @@ class Storage:
 
 @dataclass(eq=False)
 class FakeLease(Lease):
-    """A lease in the storage; `overdue`: its time is over, of which no event has told yet."""
+    """A lease in the storage; `overdue`: its time is over, of which no event has told yet. `version` is
+    higher for each lease of an image, whoever has it; `lost_at`: how many writes there were when it was lost.
+    """
 
     overdue: bool = False
+    version: int = 0
+    can_resume: bool = False
+    lost_at: int = 0
 
     def in_time(self) -> bool:
         return not self.overdue
+
+    @property
+    def resumable(self) -> bool:
+        return self.can_resume
+
+    def follows(self, lost: Lease) -> bool:
+        return isinstance(lost, FakeLease) and self.version == lost.version + 1
 
 
 class FakeBackend(Backend):
@@ -93,6 +110,7 @@ class FakeBackend(Backend):
         self.counts: dict[str, int] = defaultdict(int)
         self.listener: LeaseEvent = lambda lease: None
         self._inside: set[int] = set()
+        self.before_release: Callable[[int], None] = lambda inode: None
 
     def fail(self, call: str, *numbers: int) -> None:
         """Let the given calls by that name (1 is the next one) fail; without numbers all from now on."""
@@ -134,7 +152,9 @@ class FakeBackend(Backend):
             rivals = self.storage.rivals(image.inode, self.host, mode)
             if rivals:
                 raise ImageBusy(f"image '{image.name}' is held by {rivals[0].owner}")
+            self.storage.versions[image.inode] += 1
             lease = FakeLease(image, mode, owner)
+            lease.version, lease.can_resume = self.storage.versions[image.inode], self.storage.resumable
             self.storage.held[image.inode][self.host] = lease
             try:
                 await self._step()
@@ -158,6 +178,7 @@ class FakeBackend(Backend):
 
     async def release(self, lease: Lease) -> None:
         inode = lease.image.inode
+        self.before_release(inode)
         if lease.state is LeaseState.RELEASED:
             raise Violation("released twice")
         self._enter(inode)
@@ -199,6 +220,7 @@ class FakeBackend(Backend):
         """Change the state of this host's lease; when LOST, the storage may give it away after the event."""
         lease = self.storage.held[inode][self.host]
         lease.state = state
+        lease.lost_at = len(self.storage.written[inode])
         self.listener(lease)
         if state is LeaseState.LOST:
             del self.storage.held[inode][self.host]
@@ -213,9 +235,16 @@ class Inline:
         await trio.lowlevel.cancel_shielded_checkpoint()
         return result
 
+    async def attempt(self, function: Callable[..., T], *arguments: object) -> T:
+        return await self.call(function, *arguments)
+
 
 class FakeMount:
-    """The surroundings: who holds the write byte, who inherited what, and which calls were made."""
+    """The surroundings: who holds the write byte, who inherited what, and which calls were made.
+
+    `unguarded` are images that a handle can change past its gate until they are revoked; `maps` who maps
+    which; `immortal` are pids that do not end when killed.
+    """
 
     def __init__(self) -> None:
         self.wants_taken = True
@@ -224,6 +253,11 @@ class FakeMount:
         self.broken: set[str] = set()
         self.calls: list[str] = []
         self.on_taken: Callable[[int], None] = lambda inode: None
+        self.unguarded: set[int] = set()
+        self.maps: dict[int, set[Process]] = defaultdict(set)
+        self.revoke_lasts = 0.0
+        self.killed: list[tuple[int, int]] = []
+        self.immortal: set[int] = set()
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
@@ -238,7 +272,29 @@ class FakeMount:
         self._called("has_open")
         return (pid, inode) in self.inherited
 
-    def settle(self, inode: int) -> None:
+    def bypassed(self, inode: int) -> bool:
+        return inode in self.unguarded
+
+    async def revoke(self, inodes: frozenset[int]) -> dict[int, str]:
+        self.calls.append("revoke")
+        await trio.sleep(self.revoke_lasts)
+        if "revoke" in self.broken:
+            return dict.fromkeys(inodes, "Transport endpoint is not connected")
+        self.unguarded -= inodes
+        return {}
+
+    def mappers(self, inodes: frozenset[int]) -> dict[int, frozenset[Process]]:
+        self._called("mappers")
+        return {inode: frozenset(self.maps[inode]) for inode in inodes if self.maps[inode]}
+
+    def kill(self, processes: frozenset[tuple[int, int]], deadline_s: float) -> set[tuple[int, int]]:
+        self.killed += sorted(processes)
+        gone = {identity for identity in processes if identity[0] not in self.immortal}
+        for inode, there in self.maps.items():
+            self.maps[inode] = {one for one in there if (one.pid, one.started) not in gone}
+        return set(processes) - gone
+
+    def settle(self, inode: int, *, revoked: bool = False) -> None:
         self._called("settle")
 
     def taken(self, inode: int) -> None:
@@ -267,9 +323,14 @@ class Host:
         )
         self.backend.listener = self.keeper.lease_changed
 
-    async def write(self, grant: Grant, lasts: float = 0.0) -> None:
-        """Change data as a data thread does: through the gate, asking the keeper where it says so."""
+    async def write(self, grant: Grant, lasts: float = 0.0) -> bool:
+        """Change data as a data thread does: through the gate, asking the keeper where it says so.
+
+        Returns whether the grant had lost its lease and has it back.
+        """
+        lost = grant.lost
         for _ in range(ENTERS_MAX):
+            lost = grant.lost or lost
             state = grant.gate.enter()
             if state is GateState.OPEN:
                 break
@@ -279,6 +340,10 @@ class Host:
         else:
             raise Violation("a gate that never opens")
         key = (grant.image.inode, self.name, grant.opener.process.pid)
+        if isinstance(lost, FakeLease):
+            since = set(self.storage.written[grant.image.inode][lost.lost_at :])
+            if self.storage.processes and since - {key[1:]}:
+                raise Violation(f"{key[1:]} goes on although {since} wrote since it lost its lease")
         try:
             self.storage.begin(*key)
             with trio.CancelScope(shield=True):
@@ -286,6 +351,7 @@ class Host:
             self.storage.end(*key)
         finally:
             grant.gate.leave()
+        return lost is not None
 
     def state(self, inode: int = DISK.inode) -> str | None:
         """The image's state as reported, None if the keeper has nothing on it."""

@@ -213,7 +213,6 @@ def mount_fails(store: Path, point: Path, options: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("io=passthrough", "io=passthrough would let a host that lost its lease write on"),
         ("layout=heap", "layout='heap' is not known: give one of auto, files, index, libvirt"),
         ("lock_path=/images", "lock_path= is for layout=libvirt"),
         ("layout=libvirt,lease_area=/", "layout=libvirt needs lock_path="),

@@ -266,8 +266,8 @@ def storage_comes_back_in_time(rig: Rig) -> None:
 
 
 def storage_stays_away(rig: Rig) -> None:
-    """Writes fail with ENOSPC once they waited in vain. A handle whose lease was lost never writes again; a
-    new open does, once the host has joined anew."""
+    """Writes fail with ENOSPC once they waited in vain. Nobody else has had the image: so a handle whose
+    lease was lost writes again, once this host's former life counts as dead."""
     mount = rig.mount("hostA", "handover_wait=0.5", "wait=0.3", "join=wait")
     host_id = joined_as(mount)
     with opened(mount.path / "disk") as descriptor, Writer(descriptor) as writer:
@@ -281,9 +281,30 @@ def storage_stays_away(rig: Rig) -> None:
         joined_as(mount, times=2)
         assert writer.fails() == errno.ENOSPC
         (told,) = [image for image in ask(mount, "who")["images"] if not image["remote"]]
-        assert told["state"] == "lost"
-        assert refused_for(mount, "disk", "was lost")
+        assert told["state"] == "suspended"
         assert not refused(mount.path / "other"), "what was not lost can be written after the join"
+        assert number_in(rig.store / "disk") == last, "written under a lost lease"
+        back = now()
+        writer.goes_on()
+        again = [write for write in writer.done if write.number > last and not write.error]
+        assert again[0].ended >= back
+    assert number_in(rig.store / "disk") == max(w.number for w in writer.done if not w.error)
+
+
+def storage_stays_away_and_the_image_is_taken(rig: Rig) -> None:
+    """Another host has the image while the first is away: the handle whose lease was lost never writes again;
+    a new open does."""
+    mount = rig.mount("hostA", "handover_wait=0.5", "wait=0.3", "join=wait")
+    joined_as(mount)
+    with opened(mount.path / "disk") as descriptor, Writer(descriptor) as writer:
+        saved = rig.lose_storage()
+        logged(mount, "its writes are refused")
+        last = max(write.number for write in writer.done if not write.error)
+        rig.put(saved)
+        other = rig.mount("hostB", "wait=0.3", "join=wait")
+        wait_for(lambda: not refused(other.path / "disk"), "the other host has had the image")
+        logged(mount, "somebody else has had it since")
+        wait_for(lambda: not refused(mount.path / "disk"), "a new open")
         assert writer.fails() == errno.ENOSPC
     assert all(write.error for write in writer.done if write.number > last)
     assert number_in(rig.store / "disk") == last, "a lost handle wrote"
@@ -368,6 +389,7 @@ SCENARIOS = (
     writers_wait_for_the_join,
     storage_comes_back_in_time,
     storage_stays_away,
+    storage_stays_away_and_the_image_is_taken,
     storage_is_overwritten,
     lockspace_is_replaced,
     prepared_area,

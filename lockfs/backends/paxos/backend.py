@@ -17,7 +17,18 @@ from typing import TypeVar
 
 import trio
 
-from lockfs.backends.base import Backend, Holder, Image, Lease, LeaseEvent, LeaseState, Mode, Owner, Peer
+from lockfs.backends.base import (
+    Backend,
+    Evidence,
+    Holder,
+    Image,
+    Lease,
+    LeaseEvent,
+    LeaseState,
+    Mode,
+    Owner,
+    Peer,
+)
 from lockfs.backends.owners import OwnerRecords
 from lockfs.backends.paxos.holders import Holders
 from lockfs.backends.paxos.index import IndexLayout
@@ -29,12 +40,14 @@ from lockfs.backends.paxos.unsettled import SETTLE_S, Hand, Unsettled, let_go_of
 from lockfs.backends.requests import Requests
 from lockfs.backends.state import StateDirectory
 from lockfs.errors import BackendError, ImageBusy, SetupError
+from lockfs.paxos import breaking
 from lockfs.paxos import requests as paxos_requests
 from lockfs.paxos.errors import Refused
 from lockfs.paxos.owners import ownership
 from lockfs.paxos.resource import Hold, Resource
 from lockfs.paxos.seams import Clock
 from lockfs.records.results import RecordError
+from lockfs.records.sectors import Leader
 from lockfs.storage.clock import BootClock
 from lockfs.storage.rawio import RawIO
 
@@ -48,6 +61,8 @@ COUNT_S = 4.0
 """How long a report may read leases to count who holds how many, seconds."""
 ATTEMPT_S = 5.0
 """How long an attempt may take at least once the lockspace is joined, seconds."""
+SILENT_PART = 4
+"""A host that is silent for this part of the time after which it counts as dead is waited for."""
 MOVED_TRIES = 8
 """How often a lease may be removed between being found and being taken."""
 
@@ -57,15 +72,31 @@ _log = logging.getLogger("lockfs.paxos")
 
 @dataclass
 class PaxosLease(Lease):
-    """A lease in hand: the engine's resource, where it lies, and the membership it was taken in."""
+    """A lease in hand: the engine's resource, where it lies, and the membership it was taken in.
+
+    `followed`: the leader record that it came in place of; `last`: of a lost lease, the one that it had.
+    """
 
     place: Place = field(kw_only=True)
     resource: Resource = field(kw_only=True)
     epoch: Epoch = field(kw_only=True)
+    followed: Leader | None = None
+    last: Leader | None = None
 
     def in_time(self) -> bool:
         """Whether a write may be started now; see Lease.in_time."""
         return self.epoch.in_time()
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it can be told of a later lease that it follows; see Lease."""
+        return True
+
+    def follows(self, lost: Lease) -> bool:
+        """Whether the leader record in whose place this lease came, as the very next version, was the one of
+        `lost`; see Lease and docs/decisions/0014.
+        """
+        return isinstance(lost, PaxosLease) and lost.last is not None and self.followed == lost.last
 
 
 class PaxosBackend(Backend):
@@ -105,8 +136,9 @@ class PaxosBackend(Backend):
         )
         self._layout: Layout | None = None
         self._leases: dict[int, PaxosLease] = {}
-        self._unsettled = Unsettled(lambda place, image: self._opened().still(place, image))
+        self._unsettled = Unsettled(lambda place, image: self._opened().still(place, image), self._remember)
         self._called: set[int] = set()
+        self._links: dict[int, tuple[Leader | None, Leader]] = {}
         self._look_at_calls = trio.Event()
         self._on_change: LeaseEvent = lambda lease: None
 
@@ -162,6 +194,8 @@ class PaxosBackend(Backend):
             state = LeaseState.LOST if final and lease.mode is Mode.SHARED else epoch.state
             if lease.epoch is epoch and lease.state not in (state, LeaseState.RELEASED, LeaseState.LOST):
                 lease.state = state
+                if state is LeaseState.LOST:
+                    lease.last = lease.resource.leader
                 self._on_change(lease)
 
     # Taking
@@ -182,6 +216,8 @@ class PaxosBackend(Backend):
                 raise BackendError(f"The lease of {image.name} is being removed again and again.")
             place, resource = hand.place, hand.resource
             lease = PaxosLease(image, mode, owner, epoch.state, place=place, resource=resource, epoch=epoch)
+            lease.followed = self._origin(image.inode, resource)
+            self._links.pop(image.inode, None)
             self._leases[image.inode] = lease
             with trio.CancelScope(shield=True):  # whoever reads it is told no wrong name
                 await self._in_thread(self._records.write, image.inode, mode, owner, image.path)
@@ -221,6 +257,22 @@ class PaxosBackend(Backend):
         finally:
             if not kept:
                 await self._unsettled.put_back(image.inode, hand)
+
+    def _remember(self, inode: int, resource: Resource) -> None:
+        """A version that this host won and gave back without using it: nobody had the image in between."""
+        if resource.last is not None and not resource.unsettled:
+            self._links[inode] = (self._origin(inode, resource), resource.last)
+
+    def _origin(self, inode: int, resource: Resource) -> Leader | None:
+        """The leader record in place of which a version came, own ones that were not used passed over.
+
+        None where versions lie between: a record can be there again that a late write has put back.
+        """
+        followed, last = resource.followed, resource.last
+        if followed is None or last is None or last.lver != followed.lver + 1:
+            return None
+        link = self._links.get(inode)
+        return link[0] if link is not None and link[1] == followed else followed
 
     async def _settle_late(self) -> None:
         """Try again, for as long as it takes, what failed steps could not put in order."""
@@ -329,6 +381,42 @@ class PaxosBackend(Backend):
             finally:
                 await place.close()
         return []
+
+    async def evidence(self, image: Image) -> Evidence:
+        """What lies on the storage of the image's holder, and what watching it has shown; see Backend."""
+        epoch = await self._ready()
+        place = await self._opened().find(image)
+        if place is None:
+            return Evidence(("No host ever had a lease of the image.",), free=True)
+        try:
+            leader, holders = await breaking.facts(place.area, epoch.lockspace, place.name)
+        finally:
+            with trio.CancelScope(shield=True):
+                await place.close()
+        here = (epoch.lockspace.host_id, epoch.lockspace.generation)
+        others = [one for one in holders if (one.host_id, one.generation) != here and not one.outlived]
+        waits = [
+            one.dead_after_s - one.silent_s for one in others if one.silent_s > one.dead_after_s / SILENT_PART
+        ]
+        return Evidence(
+            tuple(breaking.told(holders, leader, epoch.lockspace)),
+            dead_in_s=max(0.0, *waits, 0.0) if waits and len(waits) == len(others) else None,
+            forcible=bool(others),
+        )
+
+    async def force(self, image: Image) -> None:
+        """Mark the lease free, whoever has it; see Backend.force."""
+        if image.inode in self._leases or image.inode in self._unsettled:
+            raise BackendError(f"{image.name} is held by this mount: lockfsctl fence frees it.")
+        epoch = await self._ready()
+        place = await self._opened().find(image)
+        if place is None:
+            return
+        try:
+            await breaking.free_by_force(place.area, epoch.lockspace, place.name)
+        finally:
+            with trio.CancelScope(shield=True):
+                await place.close()
 
     def _holders(self) -> Holders:
         return Holders(self._membership.epoch, self._records, self._in_thread)

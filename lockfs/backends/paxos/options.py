@@ -42,7 +42,6 @@ class PaxosOptions:
     layout: LayoutKind = LayoutKind.AUTO
     lock_path: str | None = None
     join_wait: bool = False
-    unsafe_no_fence: bool = False
     state_dir: str = STATE_DIR_DEFAULT
 
     @property

@@ -60,9 +60,14 @@ def let_go_of(error: BackendError) -> bool:
 class Unsettled:
     """The turns of all inodes, and the hands that were left on leases, by inode."""
 
-    def __init__(self, still: Callable[[Place, Image], Awaitable[bool]]) -> None:
-        """`still`: see Layout.still."""
+    def __init__(
+        self,
+        still: Callable[[Place, Image], Awaitable[bool]],
+        settled: Callable[[int, Resource], None] = lambda inode, resource: None,
+    ) -> None:
+        """`still`: see Layout.still. `settled` is told of each hand that was taken off its lease."""
         self._still = still
+        self._settled = settled
         self._turns: dict[int, _Turn] = {}
         self._hands: dict[int, Hand] = {}
 
@@ -126,6 +131,7 @@ class Unsettled:
                 _log.debug("lease of inode %d: not settled yet: %s", inode, error)
                 return
         del self._hands[inode]
+        self._settled(inode, hand.resource)
         await hand.place.close()
 
     # For everybody else

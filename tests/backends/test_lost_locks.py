@@ -1,0 +1,131 @@
+"""Locks that the storage drops behind the holder's back: the probe notices, and says so once."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from lockfs.backends import fcntl, image_locks
+from lockfs.backends.base import LeaseState, Mode
+from lockfs.backends.fcntl import PROBE_S, FcntlOptions
+from lockfs.linux import ofd
+from tests.conftest import ExpectLog
+
+from .makers import FcntlMaker, StoreHost
+
+IDLE_S = 0.02
+
+
+@pytest.fixture
+def clock(autojump_clock: trio.testing.MockClock) -> trio.testing.MockClock:
+    """Time passes when nothing has happened for a while, for probes are made on threads."""
+    autojump_clock.autojump_threshold = IDLE_S
+    return autojump_clock
+
+
+async def _probed(host: StoreHost, seconds: float) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(host.backend.run)
+        await trio.sleep(seconds)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+async def test_good_locks_stay_what_they_are(
+    tmp_path: Path, clock: trio.testing.MockClock, mode: Mode
+) -> None:
+    """Many probes change nothing: no event, the same locks, shared ones still shared."""
+    async with FcntlMaker(tmp_path, [FcntlOptions()]).hosts(2) as (host, other):
+        lease = await host.backend.acquire(host.image("a"), mode, host.owner, trio.current_time() + 5)
+        await _probed(host, 10 * PROBE_S)
+        assert lease.state is LeaseState.HELD and not host.changes
+        if mode is Mode.SHARED:
+            both = await other.backend.acquire(other.image("a"), mode, other.owner, trio.current_time() + 5)
+            await _probed(host, 3 * PROBE_S)
+            await other.backend.release(both)
+        await host.backend.release(lease)
+        assert ofd.conflict(other.image("a").descriptor, ofd.WRITE, 0, 0) is None
+
+
+async def test_a_lock_that_somebody_else_has_is_lost(
+    tmp_path: Path, clock: trio.testing.MockClock, expect_log: ExpectLog
+) -> None:
+    """After the storage forgot our lock and gave it to another host, the lease is lost, once."""
+    expect_log("ERROR.*has dropped its locks: somebody else", 1)
+    async with FcntlMaker(tmp_path, [FcntlOptions()]).hosts(2) as (host, other):
+        lease = await host.backend.acquire(
+            host.image("a"), Mode.EXCLUSIVE, host.owner, trio.current_time() + 5
+        )
+        image_locks.drop(host.image("a").descriptor)  # as a server does that restarts
+        taken = await other.backend.acquire(
+            other.image("a"), Mode.EXCLUSIVE, other.owner, trio.current_time() + 5
+        )
+        await _probed(host, 4 * PROBE_S)
+        assert lease.state is LeaseState.LOST and host.changes == [lease]
+        await host.backend.release(lease)
+        await other.backend.release(taken)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOLCK, errno.ESTALE])
+async def test_a_lock_that_the_storage_says_is_lost(
+    tmp_path: Path,
+    clock: trio.testing.MockClock,
+    expect_log: ExpectLog,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    """What NFS answers for a lock that it could not reclaim loses the lease."""
+    expect_log("ERROR.*has dropped its locks", 1)
+    async with FcntlMaker(tmp_path, [FcntlOptions()]).hosts(1) as (host,):
+        lease = await host.backend.acquire(
+            host.image("a"), Mode.EXCLUSIVE, host.owner, trio.current_time() + 5
+        )
+
+        def refuse(fd: int, mode: Mode) -> bool:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl.image_locks, "still_ours", refuse)
+            await _probed(host, 2 * PROBE_S)
+        assert lease.state is LeaseState.LOST and host.changes == [lease]
+        await host.backend.release(lease)
+
+
+async def test_a_storage_that_does_not_say_loses_nothing(
+    tmp_path: Path,
+    clock: trio.testing.MockClock,
+    expect_log: ExpectLog,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another error is told, and nothing follows from it."""
+    expect_log("WARNING.*cannot be checked", None)
+    async with FcntlMaker(tmp_path, [FcntlOptions()]).hosts(1) as (host,):
+        lease = await host.backend.acquire(
+            host.image("a"), Mode.EXCLUSIVE, host.owner, trio.current_time() + 5
+        )
+
+        def refuse(fd: int, mode: Mode) -> bool:
+            raise OSError(errno.ETIMEDOUT, "timed out")
+
+        monkeypatch.setattr(fcntl.image_locks, "still_ours", refuse)
+        await _probed(host, 2 * PROBE_S)
+        assert lease.state is LeaseState.HELD
+        await host.backend.release(lease)
+
+
+async def test_a_probe_never_locks_what_was_released(tmp_path: Path) -> None:
+    """A lease that is released while it waits to be probed is left alone."""
+    async with FcntlMaker(tmp_path, [FcntlOptions()]).hosts(1) as (host,):
+        lease = await host.backend.acquire(
+            host.image("a"), Mode.EXCLUSIVE, host.owner, trio.current_time() + 5
+        )
+        await host.backend.release(lease)
+        assert fcntl._probe_all([lease]) == []
+        descriptor = os.open(tmp_path / "store" / "a", os.O_RDWR)
+        assert ofd.conflict(descriptor, ofd.WRITE, 0, 0) is None
+        os.close(descriptor)
