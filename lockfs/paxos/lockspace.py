@@ -315,17 +315,6 @@ class Lockspace:
         else:
             self._lose(f"a renewal came only after {age:.0f} s")
 
-    async def glance(self) -> None:
-        """Look at the hosts that have joined, between two passes: their deaths are then noticed earlier.
-
-        Raises:
-            DiskError, DiskTimeout: nothing was seen.
-        """
-        joined = [host_id for host_id, sight in self.watch.hosts().items() if sight.timestamp]
-        if joined:
-            prefix = await self.area.read(0, sectors.delta_sector(max(joined)) + 1)
-            self.watch.glance(prefix, joined, self.clock.now())
-
     async def _pass(self) -> Leader:
         whole = await self.area.read(0, self.area.shape.area_size // self.area.shape.sector_size)
         self.watch.observe(whole, self.clock.now())

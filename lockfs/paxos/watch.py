@@ -7,7 +7,6 @@ none, and clocks are never compared across hosts (section 11 of the format).
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lockfs.paxos.timing import Timing
@@ -60,14 +59,6 @@ class Watch:
         for host_id in self._changed(area):
             self._look(host_id, area, now)
         self._former = area
-
-    def glance(self, prefix: bytes, host_ids: Iterable[int], now: float) -> None:
-        """Take in a look at some hosts, whose sectors lie in `prefix`, the lockspace's start as read just
-        now.
-        """
-        self.last_check = now
-        for host_id in host_ids:
-            self._look(host_id, prefix, now)
 
     def _changed(self, area: bytes) -> list[int]:
         """Hosts whose sector is not what it was; runs of unchanged sectors are skipped at once."""

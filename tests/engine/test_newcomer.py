@@ -1,4 +1,4 @@
-"""What a host that has just joined may not do yet, and what is seen between two passes."""
+"""What a host that has just joined may not do yet, and what one notices that waits for others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 
 from lockfs.paxos.errors import Refused
 from lockfs.paxos.resource import Hold
-from lockfs.paxos.watch import HostState
 from lockfs.records.results import Result
 from tests.engine.fakes import Host, World, run, two_hosts
 
@@ -64,33 +63,6 @@ def test_who_trusts_all_waits_for_nobody() -> None:
     run(two.lockspace.leave())
     world.advance(3)
     assert one.lockspace.known_at == 0.0
-
-
-def test_a_glance_sees_who_lives() -> None:
-    """A renewal that a glance sees counts from then on; hosts that nobody saw join are left to the pass."""
-    world, one, two = two_hosts()
-    world.advance(1)
-    before = one.lockspace.watch.sight(2)
-    assert before is not None
-    last = before.last_live
-    world.now += 2
-    run(two.lockspace.renew())
-    run(one.lockspace.glance())
-    assert before.last_live == world.now > last
-    assert one.lockspace.watch.fresh(before)
-    assert one.lockspace.watch.state(2, world.now) is HostState.LIVE
-    world.now += 0.5
-    run(one.lockspace.glance())
-    assert not one.lockspace.watch.fresh(before)
-
-
-def test_a_glance_at_nobody_reads_nothing() -> None:
-    """Before the first pass no host is known."""
-    world, one, _ = two_hosts()
-    one.lockspace.watch._sights.clear()
-    done = len(world.io)
-    run(one.lockspace.glance())
-    assert len(world.io) == done
 
 
 def test_a_loser_notices_that_it_is_over() -> None:

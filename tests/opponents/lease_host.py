@@ -157,13 +157,6 @@ async def engine_side(arguments: argparse.Namespace) -> AsyncIterator[Side]:
 
 async def _renew(lockspace: Lockspace) -> None:
     while True:
-        await lockspace.clock.sleep(
-            lockspace.renewed_at + lockspace.timing.io_timeout - lockspace.clock.now()
-        )
-        try:
-            await lockspace.glance()
-        except DiskError as error:
-            print(f"no glance: {error}", file=sys.stderr, flush=True)
         await lockspace.clock.sleep(lockspace.renewal_due - lockspace.clock.now())
         try:
             await lockspace.renew()

@@ -295,21 +295,11 @@ class Membership:
         self._look(epoch)
 
     async def _until_due(self, lockspace: Lockspace) -> None:
-        """Sleep until the next renewal, with a glance at the others half-way."""
-        await self._until(lambda: lockspace.renewed_at + self._options.io_timeout)
-        if self._clock.now() < lockspace.renewal_due:
-            try:
-                await lockspace.glance()
-            except BackendError as error:
-                _log.debug("a glance at the lockspace failed: %s", error)
-        await self._until(lambda: lockspace.renewal_due)
-
-    async def _until(self, moment: Callable[[], float]) -> None:
-        """Sleep until a clock time; in short sleeps, so that a machine that was suspended goes on soon."""
-        left = moment() - self._clock.now()
+        """Sleep until the next renewal; in short sleeps, so that a machine that was suspended renews soon."""
+        left = lockspace.renewal_due - self._clock.now()
         while left > 0:
             await trio.sleep(min(left, LOOK_S))
-            left = moment() - self._clock.now()
+            left = lockspace.renewal_due - self._clock.now()
 
     async def _keep_in_place(self, epoch: Epoch) -> None:
         """Give up a membership that hosts that mount now would not see: they would take what this one holds.
