@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lockfs.errors import LockfsError
 from lockfs.mount import control
 from lockfs.mount.control import ControlError, Message, ServerGone
 from lockfs.mount.table import is_below
@@ -67,3 +68,16 @@ def locate(path: str, mounts: Sequence[Mount]) -> tuple[Mount, str | None] | Non
                 relative = os.path.relpath(path, root)
                 best = (len(root), mount, None if relative == "." else relative)
     return best[1:] if best else None
+
+
+def located(place: str, folder: Path | None, found: Found) -> tuple[Mount, str | None] | None:
+    """The mount that `place` is on, and where on it; None, and a sentence in `found`, if it is on none."""
+    path = os.path.realpath(place)
+    try:
+        at = locate(path, running_mounts(found.complaints, folder))
+    except LockfsError as error:
+        found.complaints.append(str(error))
+        return None
+    if at is None:
+        found.complaints.append(f"{path} is on no lockfs mount that runs here.")
+    return at

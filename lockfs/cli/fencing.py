@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lockfs.cli.asking import TIMEOUT_S, Found, Mount, locate, running_mounts
+from lockfs.cli.asking import TIMEOUT_S, Found, Mount, located
 from lockfs.cli.table import printable
 from lockfs.errors import EXIT_OK, EXIT_SYSTEM, LockfsError
 from lockfs.mount import control
@@ -49,21 +48,9 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     )
 
 
-def _located(place: str, folder: Path | None, found: Found) -> tuple[Mount, str | None] | None:
-    path = os.path.realpath(place)
-    try:
-        located = locate(path, running_mounts(found.complaints, folder))
-    except LockfsError as error:
-        found.complaints.append(str(error))
-        return None
-    if located is None:
-        found.complaints.append(f"{path} is on no lockfs mount that runs here.")
-    return located
-
-
 def _fence(arguments: argparse.Namespace, folder: Path | None) -> int:
     found = Found()
-    image = _located(arguments.place, folder, found)
+    image = located(arguments.place, folder, found)
     if image is not None:
         answer = _ask(image, {"op": "fence"}, found)
         if answer is not None:
@@ -89,7 +76,7 @@ def _ask(image: tuple[Mount, str | None], question: Message, found: Found) -> Me
 
 def _break(arguments: argparse.Namespace, folder: Path | None) -> int:
     found = Found()
-    image = _located(arguments.place, folder, found)
+    image = located(arguments.place, folder, found)
     if image is None or image[1] is None:
         found.complaints += [] if image is None else [f"{arguments.place} is no image."]
         return _end(found)

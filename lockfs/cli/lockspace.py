@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lockfs.cli.asking import TIMEOUT_S, Found, Mount, locate, running_mounts
+from lockfs.cli.asking import TIMEOUT_S, Found, Mount, located
 from lockfs.cli.table import printable, render
 from lockfs.errors import EXIT_OK, EXIT_SYSTEM, LockfsError
 from lockfs.mount import control
@@ -42,16 +41,8 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
 
 
 def _mount_at(place: str, folder: Path | None, found: Found) -> Mount | None:
-    path = os.path.realpath(place)
-    try:
-        located = locate(path, running_mounts(found.complaints, folder))
-    except LockfsError as error:
-        found.complaints.append(str(error))
-        return None
-    if located is None:
-        found.complaints.append(f"{path} is on no lockfs mount that runs here.")
-        return None
-    return located[0]
+    at = located(place, folder, found)
+    return at[0] if at is not None else None
 
 
 def _hosts(arguments: argparse.Namespace, folder: Path | None) -> int:
