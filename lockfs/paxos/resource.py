@@ -338,9 +338,12 @@ class Resource:
         return new
 
     async def inscribe(self, dblock: Dblock, mode: ModeBlock) -> None:
-        """Write this host's sector during a ballot (ballot.Pen). From a proposal on, all must be settled."""
-        if dblock.bal:
-            self.unsettled = True
+        """Write this host's sector during a ballot (ballot.Pen). From here on all must be settled.
+
+        Also before a proposal: the writing drops the mark RELEASED, which alone may keep the lease free if
+        another host's late commit puts back a version that was ours.
+        """
+        self.unsettled = True
         await self._inscribe(dblock, mode)
 
     async def _inscribe(self, dblock: Dblock, mode: ModeBlock) -> None:

@@ -237,7 +237,7 @@ def test_another_host_wins_meanwhile() -> None:
 
 @pytest.mark.parametrize("patience", [0.0, FOREVER])
 def test_another_host_is_in_a_higher_ballot(patience: float) -> None:
-    """Back off and try with a higher number, or give up: nothing was proposed."""
+    """Back off and try with a higher number, or give up: nothing was proposed, but our mark was dropped."""
     world, one, _ = two_hosts()
     resource = one.resource()
 
@@ -249,7 +249,9 @@ def test_another_host_is_in_a_higher_ballot(patience: float) -> None:
         with pytest.raises(Refused, match="other hosts contend for the lease") as caught:
             run(resource.acquire())
         assert caught.value.result is Result.DBLOCK_MBAL
-        assert not resource.unsettled
+        assert resource.unsettled
+        run(resource.settle())
+        assert world.record(1).dblock.released
         return
     world.at(world.now + 0.001, lambda: world.change_record(5, Dblock()))
     run(resource.acquire(give_up_at=FOREVER))
@@ -553,12 +555,28 @@ def test_a_membership_in_doubt_after_the_commit() -> None:
 
 
 def test_an_io_error() -> None:
-    """Before anything is proposed there is nothing to settle."""
+    """Before anything is written there is nothing to settle."""
     world, one, _ = two_hosts()
     resource = one.resource()
     for nth in (1, 2):
         one.disk.fail(Fate.REFUSED, "read", MIB, nth=nth)
         with pytest.raises(DiskError):
             run(resource.acquire())
-        assert not resource.unsettled
+        assert resource.unsettled is (nth == 2)
     assert world.leader().lver == 0
+
+
+def test_a_cut_attempt_leaves_no_lease_taken_that_a_late_commit_brings_back() -> None:
+    """Another host commits our former version over our release: only the mark RELEASED frees it then."""
+    world, one, two = two_hosts()
+    resource = one.resource()
+    run(resource.acquire())
+    held = world.leader()
+    run(resource.release())
+    one.disk.fail(Fate.REFUSED, "read", MIB, nth=2)
+    with pytest.raises(DiskError):
+        run(resource.acquire())
+    world.change_leader(replace(held, write_id=2))
+    run(resource.settle())
+    run(two.resource().acquire())
+    assert world.leader().owner_id == 2
