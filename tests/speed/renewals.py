@@ -124,7 +124,7 @@ def measure(target: Target, probe: Probe, mode: str, load: Cell, seconds: float)
         playing = pool.submit(fio.run_cell, load, target, seconds)
         seen = probe.watch(playing)
         run.moved = playing.result()
-    due = Timing(IO_TIMEOUT).renewal
+    due = Timing(IO_TIMEOUT).renew_every
     run.late = [after - before - due for before, after in pairwise(seen)]
     if not run.late:
         raise Unmeasured(f"{mode}, {load.name}: fewer than two renewals were seen in {seconds:.0f} s")
