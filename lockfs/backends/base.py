@@ -8,9 +8,11 @@ reports when a lease it granted is in doubt or lost.
 from __future__ import annotations
 
 import enum
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import trio
 
@@ -142,6 +144,51 @@ class Evidence:
 LeaseEvent = Callable[[Lease], None]
 
 
+class Memory(Protocol):
+    """What must be known again after this process was killed: small JSON values by key, in shared memory.
+
+    Each value is whole at any moment of a SIGKILL. Every method is instant, and may be called in any thread.
+    Lists of descriptors under the name "fd" in a value stay open for the next worker; all others are closed.
+    """
+
+    def set(self, key: str, value: object) -> None:
+        """Remember a value of at most some 2000 bytes in place of the one there was; raises LockfsError."""
+
+    def remove(self, key: str) -> None:
+        """Forget a key; one that is not there is no error."""
+
+    def get(self, key: str) -> object | None:
+        """The value, None if there is none."""
+
+    def items(self, prefix: str) -> dict[str, object]:
+        """All values whose keys begin so, by their whole keys."""
+
+
+class Forgetful:
+    """A Memory that ends with the process: for mounts that nobody goes on with, and for tests."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+
+    def set(self, key: str, value: object) -> None:
+        """See Memory."""
+        self._values[key] = json.dumps(value)
+
+    def remove(self, key: str) -> None:
+        """See Memory."""
+        self._values.pop(key, None)
+
+    def get(self, key: str) -> object | None:
+        """See Memory."""
+        text = self._values.get(key)
+        return None if text is None else json.loads(text)
+
+    def items(self, prefix: str) -> dict[str, object]:
+        """See Memory."""
+        found = list(self._values.items())
+        return {key: json.loads(text) for key, text in found if key.startswith(prefix)}
+
+
 class Backend(ABC):
     """One way to guard images. All methods run on the trio thread and never block it.
 
@@ -151,11 +198,34 @@ class Backend(ABC):
 
     name: str
 
-    async def start(self, on_change: LeaseEvent) -> None:  # noqa: B027  (optional)
+    async def start(  # noqa: B027  (optional)
+        self, on_change: LeaseEvent, memory: Memory | None = None
+    ) -> None:
         """Make ready. `on_change` is called, on the trio thread, whenever a granted lease's state changes.
+
+        `memory` may hold what a former worker of this mount knew, which was killed and has wholly ended: the
+        backend goes on from there. What it must know again itself it keeps there.
 
         Raises:
             SetupError: the storage cannot carry this backend's leases; says what to do.
+        """
+
+    async def recall(self, image: Image, mode: Mode, owner: Owner) -> Lease | None:
+        """The lease that a former worker of this mount held, as it is on the storage; None: it held none, or
+        lost it.
+
+        No other host could take the image at any moment in between. `image` is as it was when the lease was
+        taken, with the same descriptor; `mode` is what the former worker's keeper believed: a conversion that
+        was cut short leaves SHARED. Called after `start` and before `run`, once for each image.
+
+        Raises:
+            BackendError: the storage does not say. It may be called again.
+        """
+        return None
+
+    async def settle(self) -> None:  # noqa: B027  (optional)
+        """Give back what a former worker held, or was about to take, and nobody recalled. Called once, after
+        all recalls and while `run` is running; `acquire` of such an image waits for its own part only.
         """
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
