@@ -117,7 +117,7 @@ def test_a_lease_in_hand_is_recalled(shared: bool) -> None:
 def test_a_kill_while_it_is_taken(shared: bool, kill: Kill) -> None:
     """At every I/O: nobody was told, so it is put in order, and free."""
     for nth in range(1, IOS_MAX):
-        _, one, two = two_hosts()
+        world, one, two = two_hosts()
         rival = Rival(two)
         rival.tries()
         if not killed(one, acquire(one.resource(), shared=shared), nth, kill):
@@ -125,9 +125,12 @@ def test_a_kill_while_it_is_taken(shared: bool, kill: Kill) -> None:
         one = successor(one)
         resource = one.resource()
         rival.watches(one)
+        proposed = world.record(1).dblock
         run(take_over(resource, one.lockspace))
         run(resource.settle())
         one.disk.no_more_faults()
+        # What was proposed may have been chosen: it must not be forgotten.
+        assert world.record(1).dblock == replace(proposed, flags=sectors.RELEASED)
         assert (resource.hold, resource.unsettled) == (Hold.NONE, False)
         assert rival.tries()
         run(acquire(resource, shared=shared))
@@ -160,7 +163,8 @@ def test_a_kill_while_it_is_released(shared: bool, kill: Kill) -> None:
 
 @KILLS
 @MODES
-def test_a_kill_while_it_is_converted(shared: bool, kill: Kill) -> None:
+@pytest.mark.parametrize("again", [True, False], ids=["converted again", "released"])
+def test_a_kill_while_it_is_converted(shared: bool, kill: Kill, again: bool) -> None:
     """At every I/O: it is recalled in one of the two modes, and the rival got it at no moment."""
     modes = set()
     for nth in range(1, IOS_MAX):
@@ -175,13 +179,13 @@ def test_a_kill_while_it_is_converted(shared: bool, kill: Kill) -> None:
         resource = one.resource()
         rival.watches(one)
         assert run(recall(resource, one.lockspace, hold, leader, converting=True))
-        run(resource.settle())
         one.disk.no_more_faults()
         assert not rival.tries()
         assert not rival.won
         modes.add(resource.hold)
-        run(convert(resource, shared=resource.hold is Hold.EXCLUSIVE))
-        assert not rival.tries()
+        if again:
+            run(convert(resource, shared=resource.hold is Hold.EXCLUSIVE))
+            assert not rival.tries()
         run(resource.release())
         assert rival.tries()
     else:
@@ -233,9 +237,14 @@ def test_a_shared_lease_that_was_cleared_is_not_recalled() -> None:
     resource = one.resource()
     run(acquire(resource, shared=True))
     hold, leader = known(resource)
-    world.put(world.host_offset(1), bytes(512))
+    mine = world.record(1)
     one = successor(one)
+    world.put(world.host_offset(1), bytes(512))
     assert not run(recall(one.resource(), one.lockspace, hold, leader, converting=False))
+    world.change_record(1, mine.dblock, replace(mine.mode, generation=mine.mode.generation + 1))
+    assert not run(recall(one.resource(), one.lockspace, hold, leader, converting=False))
+    world.change_record(1, mine.dblock, mine.mode)
+    assert run(recall(one.resource(), one.lockspace, hold, leader, converting=False))
 
 
 def test_a_lease_won_for_us_by_another_is_recalled() -> None:
