@@ -11,6 +11,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import trio
 
@@ -142,6 +143,48 @@ class Evidence:
 LeaseEvent = Callable[[Lease], None]
 
 
+class Memory(Protocol):
+    """What must be known again after this process was killed: JSON values by key. Instant, on any thread.
+
+    Descriptors that must stay open are named in a value's `fd` or `fds`.
+    """
+
+    def set(self, key: str, value: object) -> None:
+        """Remember a value in place of the key's last one; raises LockfsError if there is no room."""
+
+    def remove(self, key: str) -> None:
+        """Forget a key's value, if it has one."""
+
+    def get(self, key: str) -> object | None:
+        """A key's value, None if it has none."""
+
+    def items(self, prefix: str) -> dict[str, object]:
+        """The values of all keys that begin so."""
+
+
+class Forgetful:
+    """A Memory that ends with the process."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, object] = {}
+
+    def set(self, key: str, value: object) -> None:
+        """See Memory."""
+        self._values[key] = value
+
+    def remove(self, key: str) -> None:
+        """See Memory."""
+        self._values.pop(key, None)
+
+    def get(self, key: str) -> object | None:
+        """See Memory."""
+        return self._values.get(key)
+
+    def items(self, prefix: str) -> dict[str, object]:
+        """See Memory."""
+        return {key: value for key, value in list(self._values.items()) if key.startswith(prefix)}
+
+
 class Backend(ABC):
     """One way to guard images. All methods run on the trio thread and never block it.
 
@@ -151,8 +194,12 @@ class Backend(ABC):
 
     name: str
 
-    async def start(self, on_change: LeaseEvent) -> None:  # noqa: B027  (optional)
+    async def start(  # noqa: B027  (optional)
+        self, on_change: LeaseEvent, memory: Memory | None = None
+    ) -> None:
         """Make ready. `on_change` is called, on the trio thread, whenever a granted lease's state changes.
+
+        `memory` may hold what a former worker of this mount, killed, knew: the backend goes on from it.
 
         Raises:
             SetupError: the storage cannot carry this backend's leases; says what to do.
@@ -169,6 +216,22 @@ class Backend(ABC):
 
     async def stop(self) -> None:  # noqa: B027  (optional)
         """End cleanly; every lease was released before."""
+
+    async def recall(self, image: Image, mode: Mode, owner: Owner) -> Lease | None:
+        """The lease that a former worker of this mount held on the image, as it is on the storage; None if it
+        held none, or lost it meanwhile. After `start`, before `run`.
+
+        Raises:
+            BackendError: the storage did not answer.
+        """
+        return None
+
+    async def settle(self) -> None:  # noqa: B027  (optional)
+        """Give back what a former worker held or was about to take and nobody recalled; once, after all
+        recalls.
+
+        Whoever acquires such an image meanwhile waits for it to be settled.
+        """
 
     @abstractmethod
     async def acquire(self, image: Image, mode: Mode, owner: Owner, deadline: float) -> Lease:

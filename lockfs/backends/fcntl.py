@@ -25,7 +25,18 @@ from typing import TypeVar
 import trio
 
 from lockfs.backends import image_locks, sightings
-from lockfs.backends.base import Backend, Evidence, Holder, Image, Lease, LeaseEvent, LeaseState, Mode, Owner
+from lockfs.backends.base import (
+    Backend,
+    Evidence,
+    Holder,
+    Image,
+    Lease,
+    LeaseEvent,
+    LeaseState,
+    Memory,
+    Mode,
+    Owner,
+)
 from lockfs.backends.owners import OwnerRecords
 from lockfs.backends.requests import Requests
 from lockfs.backends.state import StateDirectory
@@ -108,7 +119,7 @@ class FcntlBackend(Backend):
         self._limiter = trio.CapacityLimiter(LOCK_THREADS)
         self._on_change: LeaseEvent = lambda lease: None
 
-    async def start(self, on_change: LeaseEvent) -> None:
+    async def start(self, on_change: LeaseEvent, memory: Memory | None = None) -> None:
         """Check the store's locks and open the lock directory; raises SetupError."""
         self._on_change = on_change
         await self._in_thread(self._prepare)

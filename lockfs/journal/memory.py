@@ -126,5 +126,6 @@ class SharedMemory:
         named = self.inodes.descriptors()
         for value in self.facts.items("").values():
             if isinstance(value, dict):
-                named.update(number for number in (value.get("fd", -1), *value.get("fds", ())) if number >= 0)
-        return named
+                for numbers in (value.get("fd", -1), value.get("fds", ())):
+                    named.update([numbers] if isinstance(numbers, int) else numbers)
+        return {number for number in named if number >= 0}

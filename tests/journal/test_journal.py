@@ -54,7 +54,7 @@ def test_a_fact_is_there_for_another_process(memory: SharedMemory, other: Other)
     assert memory.facts.get("none") is None
 
 
-def test_a_fact_that_was_removed_is_gone_and_its_slot_is_used_again(memory: SharedMemory, other: Other) -> None:
+def test_a_fact_that_was_removed_is_gone_and_its_slot_used_again(memory: SharedMemory, other: Other) -> None:
     for key in ("a", "b", "c"):
         memory.facts.set(key, key)
     memory.facts.remove("b")
@@ -155,7 +155,8 @@ def test_the_descriptors_that_are_named(memory: SharedMemory) -> None:
     memory.facts.set("handle:1", {"fd": 5, "fds": [6, -1]})
     memory.facts.set("list", [9])
     memory.facts.set("none", {"fd": -1})
-    assert memory.named_descriptors() == {3, 5, 6}
+    memory.facts.set("several", {"fd": [7, -1]})
+    assert memory.named_descriptors() == {3, 5, 6, 7}
 
 
 def test_what_is_no_journal_is_refused(memory: SharedMemory) -> None:

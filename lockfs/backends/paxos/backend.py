@@ -25,6 +25,7 @@ from lockfs.backends.base import (
     Lease,
     LeaseEvent,
     LeaseState,
+    Memory,
     Mode,
     Owner,
     Peer,
@@ -144,7 +145,7 @@ class PaxosBackend(Backend):
 
     # From start to stop
 
-    async def start(self, on_change: LeaseEvent) -> None:
+    async def start(self, on_change: LeaseEvent, memory: Memory | None = None) -> None:
         """Open the lease area, making it where that is the layout's habit; raises SetupError."""
         self._on_change = on_change
         layout, name = await open_layout(self._options, self._store_fd, self._store, self._random, self._io)
