@@ -8,6 +8,7 @@ reports when a lease it granted is in doubt or lost.
 from __future__ import annotations
 
 import enum
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -144,33 +145,34 @@ LeaseEvent = Callable[[Lease], None]
 
 
 class Memory(Protocol):
-    """What must be known again after this process was killed: JSON values by key. Instant, on any thread.
+    """What must be known again after this process was killed: small JSON values by key, in shared memory.
 
-    Descriptors that must stay open are named in a value's `fd` or `fds`.
+    Each value is whole at any moment of a SIGKILL. Every method is instant, and may be called in any thread.
+    Lists of descriptors under the name "fd" in a value stay open for the next worker; all others are closed.
     """
 
     def set(self, key: str, value: object) -> None:
-        """Remember a value in place of the key's last one; raises LockfsError if there is no room."""
+        """Remember a value of at most some 2000 bytes in place of the one there was; raises LockfsError."""
 
     def remove(self, key: str) -> None:
-        """Forget a key's value, if it has one."""
+        """Forget a key; one that is not there is no error."""
 
     def get(self, key: str) -> object | None:
-        """A key's value, None if it has none."""
+        """The value, None if there is none."""
 
     def items(self, prefix: str) -> dict[str, object]:
-        """The values of all keys that begin so."""
+        """All values whose keys begin so, by their whole keys."""
 
 
 class Forgetful:
-    """A Memory that ends with the process."""
+    """A Memory that ends with the process: for mounts that nobody goes on with, and for tests."""
 
     def __init__(self) -> None:
-        self._values: dict[str, object] = {}
+        self._values: dict[str, str] = {}
 
     def set(self, key: str, value: object) -> None:
         """See Memory."""
-        self._values[key] = value
+        self._values[key] = json.dumps(value)
 
     def remove(self, key: str) -> None:
         """See Memory."""
@@ -178,11 +180,13 @@ class Forgetful:
 
     def get(self, key: str) -> object | None:
         """See Memory."""
-        return self._values.get(key)
+        text = self._values.get(key)
+        return None if text is None else json.loads(text)
 
     def items(self, prefix: str) -> dict[str, object]:
         """See Memory."""
-        return {key: value for key, value in list(self._values.items()) if key.startswith(prefix)}
+        found = list(self._values.items())
+        return {key: json.loads(text) for key, text in found if key.startswith(prefix)}
 
 
 class Backend(ABC):
@@ -199,10 +203,29 @@ class Backend(ABC):
     ) -> None:
         """Make ready. `on_change` is called, on the trio thread, whenever a granted lease's state changes.
 
-        `memory` may hold what a former worker of this mount, killed, knew: the backend goes on from it.
+        `memory` may hold what a former worker of this mount knew, which was killed and has wholly ended: the
+        backend goes on from there. What it must know again itself it keeps there.
 
         Raises:
             SetupError: the storage cannot carry this backend's leases; says what to do.
+        """
+
+    async def recall(self, image: Image, mode: Mode, owner: Owner) -> Lease | None:
+        """The lease that a former worker of this mount held, as it is on the storage; None: it held none, or
+        lost it.
+
+        No other host could take the image at any moment in between. `image` is as it was when the lease was
+        taken, with the same descriptor; `mode` is what the former worker's keeper believed: a conversion that
+        was cut short leaves SHARED. Called after `start` and before `run`, once for each image.
+
+        Raises:
+            BackendError: the storage does not say. It may be called again.
+        """
+        return None
+
+    async def settle(self) -> None:  # noqa: B027  (optional)
+        """Give back what a former worker held, or was about to take, and nobody recalled. Called once, after
+        all recalls and while `run` is running; `acquire` of such an image waits for its own part only.
         """
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -216,22 +239,6 @@ class Backend(ABC):
 
     async def stop(self) -> None:  # noqa: B027  (optional)
         """End cleanly; every lease was released before."""
-
-    async def recall(self, image: Image, mode: Mode, owner: Owner) -> Lease | None:
-        """The lease that a former worker of this mount held on the image, as it is on the storage; None if it
-        held none, or lost it meanwhile. After `start`, before `run`.
-
-        Raises:
-            BackendError: the storage did not answer.
-        """
-        return None
-
-    async def settle(self) -> None:  # noqa: B027  (optional)
-        """Give back what a former worker held or was about to take and nobody recalled; once, after all
-        recalls.
-
-        Whoever acquires such an image meanwhile waits for it to be settled.
-        """
 
     @abstractmethod
     async def acquire(self, image: Image, mode: Mode, owner: Owner, deadline: float) -> Lease:

@@ -3,7 +3,7 @@
 Locks sit on the image's own descriptor (see image_locks for the bytes), the one that backs the passthrough:
 the kernel keeps them for as long as the data path lives, also when lockfs is killed. Where `lock_dir` is
 set, virtlockd's lock file for the image is locked besides (see virtlockd); that lock lives only as long as
-the process that holds it.
+the processes that share its descriptor. What the next worker must know is noted before each step.
 
 A lease names an inode, not a path: an image whose name was given to another file meanwhile is still the
 image that the lease guards, so the name is not looked at again after locking.
@@ -20,6 +20,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -28,6 +29,7 @@ from lockfs.backends import image_locks, sightings
 from lockfs.backends.base import (
     Backend,
     Evidence,
+    Forgetful,
     Holder,
     Image,
     Lease,
@@ -37,7 +39,9 @@ from lockfs.backends.base import (
     Mode,
     Owner,
 )
+from lockfs.backends.former_locks import FormerLocks
 from lockfs.backends.owners import OwnerRecords
+from lockfs.backends.remembered import Ledger, Stage
 from lockfs.backends.requests import Requests
 from lockfs.backends.state import StateDirectory
 from lockfs.backends.storecheck import check_store
@@ -48,7 +52,6 @@ from lockfs.linux import calls
 LOCK_THREADS = 16
 PROBE_S = 5.0
 """From one look at whether the storage still knows the locks to the next, seconds."""
-_LOST = (errno.EIO, errno.ENOLCK, errno.ESTALE, errno.EBADF)
 _HOST_CHARS_MAX = 64
 
 _T = TypeVar("_T")
@@ -74,9 +77,11 @@ class FcntlOptions:
 class FcntlLease(Lease):
     """A lease held by locks on its image's descriptor and, in indirect mode, on a lock file.
 
-    `mutex` is held by threads that change or probe the locks; `ended` is set under it when they are given up.
+    `device` is the image's st_dev. `mutex` is held by threads that change or probe the locks; `ended` is set
+    under it when they are given up.
     """
 
+    device: int = 0
     lock_file: LockFile | None = None
     mutex: threading.Lock = field(default_factory=threading.Lock)
     ended: bool = False
@@ -107,25 +112,37 @@ class FcntlBackend(Backend):
             safe = re.sub(r"[^A-Za-z0-9-]", "_", host)[:_HOST_CHARS_MAX]
             instance = f"{safe}-{secrets.token_hex(6)}".encode()
         self._options = options
+        self._instance = instance
         self._parties = image_locks.Parties(options.virtlockd, options.qemu)
         self._store_fd = store_fd
         self._host = host
-        state = StateDirectory(store_fd)
         self._local = calls.in_memory(store_fd)
-        self._records = OwnerRecords(state, instance)
-        self._requests = Requests(state, instance)
+        self._name_files(instance)
+        self._ledger = Ledger(Forgetful())
+        self._succeeds = False
         self._lock_files: LockDirectory | None = None
+        self._former = FormerLocks(self._ledger, self._parties, self._records, None)
         self._leases: dict[int, FcntlLease] = {}
         self._limiter = trio.CapacityLimiter(LOCK_THREADS)
         self._on_change: LeaseEvent = lambda lease: None
 
+    def _name_files(self, instance: bytes) -> None:
+        state = StateDirectory(self._store_fd)
+        self._records = OwnerRecords(state, instance)
+        self._requests = Requests(state, instance)
+
     async def start(self, on_change: LeaseEvent, memory: Memory | None = None) -> None:
-        """Check the store's locks and open the lock directory; raises SetupError."""
+        """Check the store's locks and open the lock directory; raises SetupError. See Backend.start."""
         self._on_change = on_change
+        self._ledger = Ledger(Forgetful() if memory is None else memory)
+        instance, self._succeeds = self._ledger.instance(self._instance)
+        self._name_files(instance)
         await self._in_thread(self._prepare)
+        self._former = FormerLocks(self._ledger, self._parties, self._records, self._lock_files)
 
     def _prepare(self) -> None:
-        check_store(self._store_fd)
+        if not self._succeeds:
+            check_store(self._store_fd)
         if self._options.lock_dir is None:
             return
         if self._options.lock_path is None:
@@ -153,10 +170,13 @@ class FcntlBackend(Backend):
                 if lease.state is LeaseState.HELD and self._leases.get(lease.image.inode) is lease:
                     _log.error("%s: the storage has dropped its locks: %s", lease.image.name, reason)
                     lease.state = LeaseState.LOST
+                    self._note(lease, Stage.ENDING)
                     self._on_change(lease)
 
     async def stop(self) -> None:
         """Close the lock directory and remove what is left of the owner records."""
+        if self._succeeds:
+            await self._in_thread(self._records.adopt)
         await self._in_thread(self._records.clear)
         if self._lock_files is not None:
             self._lock_files.close()
@@ -169,6 +189,7 @@ class FcntlBackend(Backend):
         """
         if image.inode in self._leases:  # a failed second attempt would drop the first one's locks
             raise BackendError(f"{image.name} is already leased by this mount.")
+        await self._former.settle(image.inode)
         # No checkpoint after the thread returned: cancelled means that it never ran.
         lease = self._locked(image, mode, owner) if self._instant else None
         if lease is None:
@@ -203,6 +224,7 @@ class FcntlBackend(Backend):
             await self._in_thread(self._convert, held, mode)
         except _LeaseBroken:
             held.state = LeaseState.LOST
+            self._note(held, Stage.ENDING)
             self._on_change(held)
             raise
 
@@ -216,6 +238,7 @@ class FcntlBackend(Backend):
         held = _ours(lease)
         if held.state is LeaseState.RELEASED:
             return
+        self._note(held, Stage.ENDING)
         try:
             at_once = self._instant and held.mode is Mode.EXCLUSIVE
             if at_once and self._records.remove_at_once(held.image.inode):
@@ -231,6 +254,7 @@ class FcntlBackend(Backend):
 
         Works on a descriptor that is open for reading only.
         """
+        await self._former.settle(image.inode)
         lease = self._leases.get(image.inode)
         if lease is None:
             return await self._in_thread(self._look, image, image.descriptor, None)
@@ -278,6 +302,36 @@ class FcntlBackend(Backend):
         """Those of the inodes `held` that a living host asks for."""
         return await self._in_thread(self._requests.asked_for, frozenset(held), trio.current_time())
 
+    # What a former worker left
+
+    async def recall(self, image: Image, mode: Mode, owner: Owner) -> FcntlLease | None:
+        """The lease whose locks are still on the image's descriptor; see Backend.recall."""
+        found = await self._former.find_again(image)
+        if found is None:
+            return None
+        lease = FcntlLease(image, found.mode, owner, device=found.device, lock_file=found.lock_file)
+        self._note(lease, Stage.HELD)
+        self._leases[image.inode] = lease
+        return lease
+
+    async def settle(self) -> None:
+        """Drop the locks that nobody recalled; see Backend.settle."""
+        await self._former.settle_all()
+
+    def _note(self, lease: FcntlLease, stage: Stage) -> None:
+        """Remember how far the lease has come. What the note must not lose: the lock file's descriptor."""
+        image, file = lease.image, lease.lock_file
+        facts: dict[str, object] = {"image": image.descriptor, "device": lease.device}
+        if file is not None:
+            facts |= {"file": file.name.decode(), "fd": [file.descriptor]}
+        self._ledger.note(image.inode, stage, lease.mode, **facts)
+
+    def _note_file(self, lease: FcntlLease, stage: Stage, name: bytes, descriptor: int | None) -> None:
+        """Remember a lock file's descriptor before it can carry a lock, or forget it before it is closed."""
+        facts: dict[str, object] = {} if descriptor is None else {"fd": [descriptor]}
+        facts |= {"image": lease.image.descriptor, "device": lease.device, "file": name.decode()}
+        self._ledger.note(lease.image.inode, stage, lease.mode, **facts)
+
     async def _in_thread(self, work: Callable[..., _T], *arguments: object) -> _T:
         return await trio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
 
@@ -293,10 +347,13 @@ class FcntlBackend(Backend):
     def _locked(self, image: Image, mode: Mode, owner: Owner) -> FcntlLease | None:
         """A lease whose locks are had, but which nobody was told of; None if somebody is in the way."""
         _check_descriptor(image, mode)
-        lease = FcntlLease(image, mode, owner)
+        lease = FcntlLease(image, mode, owner, device=os.fstat(image.descriptor).st_dev)
+        self._note(lease, Stage.TAKING)
         taken = False
         try:
-            taken = self._take(lease)
+            if self._take(lease):
+                self._note(lease, Stage.HELD)
+                taken = True
         except OSError as error:
             raise _failed(image, "locked", error) from error
         finally:
@@ -310,7 +367,8 @@ class FcntlBackend(Backend):
             return False
         if self._lock_files is None:
             return True
-        lease.lock_file = self._lock_files.take(image.path, lease.mode)
+        named = partial(self._note_file, lease, Stage.TAKING)
+        lease.lock_file = self._lock_files.take(image.path, lease.mode, named)
         return lease.lock_file is not None
 
     def _release(self, lease: FcntlLease) -> None:
@@ -325,13 +383,14 @@ class FcntlBackend(Backend):
         if lease.lock_file is not None:
             lock_file, lease.lock_file = lease.lock_file, None
             try:
-                lock_file.give_back()
+                lock_file.give_back(partial(self._note_file, lease, Stage.ENDING, lock_file.name, None))
             except OSError as error:
                 problem = error
         try:
             image_locks.drop(lease.image.descriptor)
         except OSError as error:
             problem = error
+        self._ledger.forget(lease.image.inode)
         if problem is not None:
             raise _failed(lease.image, "unlocked wholly", problem) from problem
 
@@ -340,6 +399,7 @@ class FcntlBackend(Backend):
         _check_descriptor(image, mode)
         changed = False
         with lease.mutex:
+            self._note(lease, Stage.CONVERTING)
             try:
                 changed = self._change(lease, mode)
             except OSError as error:
@@ -349,6 +409,7 @@ class FcntlBackend(Backend):
                     self._restore(lease)
             if changed:
                 lease.mode = mode
+            self._note(lease, Stage.HELD)
         if not changed:
             raise self._busy(image, lease.lock_file)
         self._records.write(image.inode, mode, lease.owner, image.path)
@@ -410,7 +471,7 @@ def _probe_all(leases: list[FcntlLease]) -> list[tuple[FcntlLease, str]]:
                 if not image_locks.still_ours(lease.image.descriptor, lease.mode):
                     lost.append((lease, "somebody else has locked the image"))
             except OSError as error:
-                if error.errno in _LOST:
+                if error.errno in image_locks.LOST:
                     lost.append((lease, error.strerror or str(error)))
                 else:
                     _log.warning("%s: its locks cannot be checked: %s", lease.image.name, error.strerror)

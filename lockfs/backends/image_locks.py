@@ -24,6 +24,7 @@ drop all if one is in the way. Of two racers both may fail, never both succeed.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 from lockfs.backends.base import Mode
@@ -31,6 +32,8 @@ from lockfs.linux import ofd
 
 OWN_BYTE = 0x4C4B4653
 VIRTLOCKD_BYTE = 0
+LOST = (errno.EIO, errno.ENOLCK, errno.ESTALE, errno.EBADF)
+"""What a lock call fails with where the storage has dropped the locks of the description."""
 
 USED_WRITE = 101
 UNSHARED_WRITE = 201

@@ -121,6 +121,15 @@ class OwnerRecords:
         else:
             self._state.remove(OWNERS, name)
 
+    def adopt(self) -> None:
+        """Count blank records, whoever left them, as kept by this mount: of a former worker nobody knows
+        which it had.
+        """
+        names = [name for name in self._state.names(OWNERS) if name.isdigit()][:KEPT_MAX]
+        self._kept.update(
+            name for name, content in self._state.read(OWNERS, names).items() if not content.strip()
+        )
+
     def clear(self) -> None:
         """Remove the files that were kept for the next time, but for those that another host uses now."""
         for name, content in self._state.read(OWNERS, sorted(self._kept)).items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lockfs.backends.base import Mode
@@ -42,8 +43,10 @@ class LockFile:
         """Change the lock's kind; False, with the old kind kept, if another holder is in the way."""
         return ofd.try_lock(self.descriptor, _kind(mode), LOCK_BYTE)
 
-    def give_back(self) -> None:
+    def give_back(self, closing: Callable[[], None] = lambda: None) -> None:
         """Unlink the file if we hold, or can now have, the exclusive lock; then unlock and close it.
+
+        `closing` is called right before, while the descriptor's number cannot be another file's yet.
 
         Raises:
             OSError: the file could not be unlinked or unlocked; the descriptor is closed all the same.
@@ -55,6 +58,7 @@ class LockFile:
             except FileNotFoundError:
                 pass  # somebody cleaned the directory up; nothing of ours is left in it
             finally:
+                closing()
                 # Not by closing alone: a look for holders may have a duplicate open.
                 ofd.unlock(self.descriptor, LOCK_BYTE)
         finally:
@@ -73,26 +77,61 @@ class LockDirectory:
         """Close the directory; every lock file was given back before."""
         os.close(self._fd)
 
-    def take(self, path: bytes, mode: Mode) -> LockFile | None:
+    def take(
+        self, path: bytes, mode: Mode, named: Callable[[bytes, int | None], None] = lambda name, fd: None
+    ) -> LockFile | None:
         """Lock the image's lock file; None if somebody holds it.
+
+        `named` is told the file's name and descriptor before the lock is taken; and None for a descriptor
+        before it is closed, while its number cannot be another file's yet.
 
         Raises:
             OSError: the storage failed, or the file belongs to another user.
         """
-        name = lock_file_name(self._prefix, path)
+        return self._take(lock_file_name(self._prefix, path), mode, named)
+
+    def _take(self, name: bytes, mode: Mode, named: Callable[[bytes, int | None], None]) -> LockFile | None:
         for _ in range(REPLACED_TRIES):
             fd = os.open(name, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o600, dir_fd=self._fd)
             keep = False
             try:
+                named(name, fd)
                 if not ofd.try_lock(fd, _kind(mode), LOCK_BYTE):
                     return None
                 keep = self._still_named(name, fd)
             finally:
                 if not keep:
+                    named(name, None)
                     os.close(fd)
             if keep:
                 return LockFile(self._fd, name, fd)
         return None  # every time somebody else came and went in between: as good as held
+
+    def locked(self, name: bytes, descriptor: int) -> LockFile:
+        """A lock file that a former worker had open, and perhaps locked."""
+        return LockFile(self._fd, name, descriptor)
+
+    def give_back_former(self, file: LockFile, closing: Callable[[], None]) -> None:
+        """Do what LockFile.give_back does, wherever the former worker had come with it.
+
+        It may have unlinked the file already: then the name is another holder's, and stays.
+        """
+        try:
+            try:
+                ours = ofd.try_lock(file.descriptor, ofd.WRITE, LOCK_BYTE)
+                if ours and self._still_named(file.name, file.descriptor):
+                    os.unlink(file.name, dir_fd=self._fd)
+            finally:
+                closing()
+                ofd.unlock(file.descriptor, LOCK_BYTE)
+        finally:
+            os.close(file.descriptor)
+
+    def clean(self, name: bytes) -> None:
+        """Remove a file that a former worker made and did not come to lock, or to remove; raises OSError."""
+        file = self._take(name, Mode.EXCLUSIVE, lambda name, fd: None)
+        if file is not None:
+            file.give_back()
 
     def _still_named(self, name: bytes, fd: int) -> bool:
         """Whether `name` leads to the inode of `fd`.

@@ -1,7 +1,8 @@
 """What every lease backend must do, as functions that are given a maker of linked hosts.
 
 A `Maker` makes N hosts that share a store; each has a backend of its own and opens images itself, as on N
-machines. BASIC, EXCLUSION and REQUESTS list the functions; `offered` tells which make sense for a maker.
+machines. BASIC, EXCLUSION, REQUESTS and FAILOVER list the functions; `offered` tells which make sense for a
+maker.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,6 +56,15 @@ class Maker(Protocol):
 
     def link(self, old: str, new: str) -> None:
         """Give the image `old` a second name, behind the hosts' backs."""
+
+    async def succeed(self, host: Any) -> None:
+        """Kill the host's worker, with nothing given back, and start another with the same memory and images.
+
+        It has a new backend then, which has started and does not run yet.
+        """
+
+    async def go_on(self, host: Any) -> None:
+        """Let the new worker run, after its recalls, and settle."""
 
     def contender(self, number: int) -> dict[str, object]:
         """What contender.py must know to be host `number` of this store."""
@@ -252,6 +262,122 @@ async def racers_never_both_win(maker: Maker) -> None:
     assert wins > 0
 
 
+@asynccontextmanager
+async def contending(maker: Maker, host: Host, mode: Mode = EXCLUSIVE) -> AsyncIterator[None]:
+    """Let the host try for the image all the time; it must never get it."""
+
+    async def contend() -> None:
+        while True:
+            await refused(maker, host, mode)
+            await trio.sleep(0.01)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(contend)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def recall(host: Host, mode: Mode = EXCLUSIVE, name: str = IMAGE) -> Lease | None:
+    """Ask the host's new worker for the lease that the former one had."""
+    return await host.backend.recall(host.image(name), mode, host.owner)
+
+
+async def _had(host: Host, mode: Mode) -> Lease:
+    lease = await recall(host, mode)
+    assert lease is not None
+    assert (lease.image, lease.mode, lease.owner) == (host.image(IMAGE), mode, host.owner)
+    assert lease.state is LeaseState.HELD
+    return lease
+
+
+async def leases_are_recalled(maker: Maker) -> None:
+    """A lease of a worker that was killed is the next one's, as it was; what it does with it counts."""
+    async with maker.hosts(1) as (host,):
+        for mode in Mode:
+            await acquire(maker, host, mode)
+            await maker.succeed(host)
+            lease = await _had(host, mode)
+            await maker.go_on(host)
+            await convert(maker, host, lease, SHARED)
+            await convert(maker, host, lease, EXCLUSIVE)
+            await host.backend.release(lease)
+            await host.backend.release(await acquire(maker, host, mode))
+
+
+async def recalled_leases_exclude(maker: Maker) -> None:
+    """From the kill of one worker to the release by a later one no other host gets the image."""
+    async with maker.hosts(2) as (one, two):
+        for mode in Mode:
+            lease = await acquire(maker, one, mode)
+            async with contending(maker, two):
+                for _ in range(3):
+                    await maker.succeed(one)
+                    lease = await _had(one, mode)
+                    await maker.go_on(one)
+                    await refused(maker, two)
+            assert await one.backend.holders(one.image(IMAGE)) == []
+            assert [holder.owner for holder in await two.backend.holders(two.image(IMAGE))] == [one.owner]
+            await one.backend.release(lease)
+            await two.backend.release(await acquire(maker, two))
+
+
+async def converted_leases_are_recalled(maker: Maker) -> None:
+    """A recalled lease has the mode that it was converted to."""
+    async with maker.hosts(2) as (one, two):
+        lease = await acquire(maker, one)
+        for mode in (SHARED, EXCLUSIVE, SHARED):
+            await convert(maker, one, lease, mode)
+            await maker.succeed(one)
+            lease = await _had(one, mode)
+            await maker.go_on(one)
+            if mode is SHARED:
+                await two.backend.release(await acquire(maker, two, SHARED))
+            await refused(maker, two)
+        await one.backend.release(lease)
+        await two.backend.release(await acquire(maker, two))
+
+
+async def what_nobody_recalls_is_given_back(maker: Maker) -> None:
+    """Once settled, what a killed worker held is free for all; the mount itself needs not wait for that."""
+    async with maker.hosts(2) as (one, two):
+        for mode in Mode:
+            for name in ("a.img", "b.img"):
+                await acquire(maker, one, mode, name)
+            await maker.succeed(one)
+            async with contending(maker, two):
+                lease = await _had(one, mode)
+                await maker.go_on(one)
+            await two.backend.release(await acquire(maker, two, name="b.img"))
+            await one.backend.release(lease)
+            await maker.succeed(one)
+            assert await recall(one, mode) is None
+            await maker.go_on(one)
+            await two.backend.release(await acquire(maker, two))
+            await acquire(maker, one, mode)
+            await maker.succeed(one)
+            await maker.go_on(one)
+            await one.backend.release(await acquire(maker, one))
+
+
+async def nothing_is_recalled_that_was_not_held(maker: Maker) -> None:
+    """Neither a lease that was never had, nor one that was refused, released, or settled before."""
+    async with maker.hosts(2) as (one, two):
+        lease = await acquire(maker, two)
+        await refused(maker, one)
+        await maker.succeed(one)
+        assert await recall(one) is None
+        await maker.go_on(one)
+        await refused(maker, one)
+        await two.backend.release(lease)
+        await acquire(maker, one)
+        await maker.succeed(one)
+        await maker.go_on(one)
+        await maker.succeed(one)
+        assert await recall(one) is None
+        await maker.go_on(one)
+        await two.backend.release(await acquire(maker, two))
+
+
 async def _asked(maker: Maker, holder: Host, asker: Host, inode: int) -> bool:
     """Whether the holder sees the request while the asker repeats it."""
     for _ in range(20):
@@ -342,7 +468,7 @@ def processes_never_share(maker: Maker, directory: Path, rounds: int) -> None:
 
 Check = Callable[[Maker], Awaitable[None]]
 
-BASIC: tuple[Check, ...] = (grants_and_releases, converts_alone)
+BASIC: tuple[Check, ...] = (grants_and_releases, converts_alone, leases_are_recalled)
 EXCLUSION: tuple[Check, ...] = (
     shares_only_shared,
     frees_at_once,
@@ -356,10 +482,16 @@ EXCLUSION: tuple[Check, ...] = (
     racers_never_both_win,
 )
 REQUESTS: tuple[Check, ...] = (requests_reach_the_holder, dead_requests_are_ignored)
+FAILOVER: tuple[Check, ...] = (
+    recalled_leases_exclude,
+    converted_leases_are_recalled,
+    what_nobody_recalls_is_given_back,
+    nothing_is_recalled_that_was_not_held,
+)
 
 
 def offered(offers: Offers, check: Check) -> bool:
     """Whether the check makes sense for a backend that offers this."""
-    if check in EXCLUSION:
+    if check in (*EXCLUSION, *FAILOVER):
         return offers.exclusion
     return offers.requests or check not in REQUESTS

@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 from trio.testing import MockClock
 
-from lockfs.backends.base import Backend, Image, Lease, Owner
+from lockfs.backends.base import Backend, Forgetful, Image, Lease, Owner
 from lockfs.backends.fcntl import FcntlBackend, FcntlOptions
 from lockfs.backends.nop import NopBackend
 from lockfs.backends.paxos.backend import PaxosBackend
@@ -28,7 +28,9 @@ LOCK_PATH = "/as/others/write/it"
 
 @dataclass
 class StoreHost:
-    """A host that opens the images of a directory; `changes` collects the backend's lease events."""
+    """A host that opens the images of a directory; `changes` collects the backend's lease events, `memory` is
+    what outlives a worker of it.
+    """
 
     backend: Backend
     owner: Owner
@@ -36,6 +38,7 @@ class StoreHost:
     flags: int = os.O_RDWR
     changes: list[Lease] = field(default_factory=list)
     images: dict[str, Image] = field(default_factory=dict)
+    memory: Forgetful = field(default_factory=Forgetful)
 
     def image(self, name: str) -> Image:
         if name not in self.images:
@@ -48,6 +51,16 @@ class StoreHost:
         for image in self.images.values():
             os.close(image.descriptor)
         self.images.clear()
+
+
+def sweep(memory: Forgetful, opened: set[int]) -> None:
+    """What the next worker does first: close what the one that was killed had opened and no value names."""
+    kept: set[int] = set()
+    for value in memory.items("").values():
+        if isinstance(value, dict):
+            kept.update(value.get("fd", []))
+    for descriptor in opened - kept:
+        os.close(descriptor)
 
 
 def owner(number: int) -> Owner:
@@ -76,12 +89,19 @@ class NopMaker:
         hosts = [StoreHost(NopBackend(), owner(number), self.store) for number in range(count)]
         try:
             for host in hosts:
-                await host.backend.start(host.changes.append)
+                await host.backend.start(host.changes.append, host.memory)
             yield hosts
         finally:
             for host in hosts:
                 host.close()
                 await host.backend.stop()
+
+    async def succeed(self, host: StoreHost) -> None:
+        host.backend = NopBackend()
+        await host.backend.start(host.changes.append, host.memory)
+
+    async def go_on(self, host: StoreHost) -> None:
+        await host.backend.settle()
 
 
 class FcntlMaker:
@@ -97,6 +117,8 @@ class FcntlMaker:
         self.store.mkdir(exist_ok=True)
         self.lock_dir.mkdir(exist_ok=True)
         self._options = options
+        self._hosts: list[StoreHost] = []
+        self._store_fd = -1
 
     def options(self, number: int) -> FcntlOptions:
         """Host `number`'s options; a lock_dir of any name becomes the directory of this store."""
@@ -121,13 +143,28 @@ class FcntlMaker:
             for number in range(count):
                 backend = FcntlBackend(self.options(number), store_fd, f"host{number}")
                 hosts.append(StoreHost(backend, owner(number), self.store))
-                await backend.start(hosts[-1].changes.append)
+                await backend.start(hosts[-1].changes.append, hosts[-1].memory)
+            self._hosts, self._store_fd = hosts, store_fd
             yield hosts
         finally:
             for host in hosts:
                 host.close()
                 await host.backend.stop()
             os.close(store_fd)
+
+    async def succeed(self, host: StoreHost) -> None:
+        number = self._hosts.index(host)
+        former = host.backend
+        assert isinstance(former, FcntlBackend)
+        opened = {lease.lock_file.descriptor for lease in former._leases.values() if lease.lock_file}
+        if former._lock_files is not None:
+            opened.add(former._lock_files._fd)
+        sweep(host.memory, opened)
+        host.backend = FcntlBackend(self.options(number), self._store_fd, f"host{number}")
+        await host.backend.start(host.changes.append, host.memory)
+
+    async def go_on(self, host: StoreHost) -> None:
+        await host.backend.settle()
 
 
 class TrioClock:
@@ -232,8 +269,38 @@ class PaxosMaker:
         )
         host = PaxosHost(backend, owner(number), self.store, io=io)
         self._hosts.append(host)
-        await backend.start(host.changes.append)
+        await backend.start(host.changes.append, host.memory)
         return host
+
+    async def kill(self, host: PaxosHost) -> None:
+        """End a host's worker with nothing given back, and close the descriptors that nobody named."""
+        host.scope.cancel()
+        async with host.running:
+            pass
+        layout = host.paxos._layout
+        assert layout is not None
+        await layout.stop()
+        for lease in host.paxos._leases.values():
+            await lease.place.close()
+        host.scope = trio.CancelScope()
+
+    async def succeed(self, host: PaxosHost) -> None:
+        await self.kill(host)
+        number = self._hosts.index(host)
+        clock = TrioClock() if isinstance(trio.lowlevel.current_clock(), MockClock) else None
+        host.backend = PaxosBackend(
+            self.options(number),
+            self._store_fd,
+            f"host{number}",
+            store=str(self.store),
+            clock=clock,
+            io=host.io,
+        )
+        await host.backend.start(host.changes.append, host.memory)
+
+    async def go_on(self, host: PaxosHost) -> None:
+        await self.run(host)
+        await host.backend.settle()
 
     async def add(self, number: int) -> PaxosHost:
         """Host `number`, running; within `hosts`."""

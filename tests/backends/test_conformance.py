@@ -51,7 +51,12 @@ STRESS_ROUNDS = {
 def _cases() -> list[ParameterSet]:
     cases = []
     for name, make in MAKERS.items():
-        for check in (*conformance.BASIC, *conformance.EXCLUSION, *conformance.REQUESTS):
+        for check in (
+            *conformance.BASIC,
+            *conformance.EXCLUSION,
+            *conformance.REQUESTS,
+            *conformance.FAILOVER,
+        ):
             if name == "paxos-libvirt" and check is conformance.names_of_one_file_are_one_image:
                 continue  # libvirt's leases are of paths; docs/paxos.md says so
             if conformance.offered(OFFERS.get(name, Offers()), check):
