@@ -68,7 +68,7 @@ class Store:
         self.io = io
         self.policy = policy
         self.credentials = Credentials()
-        self.local = calls.in_memory(root)
+        self.local = calls.in_memory(self.inodes.root.descriptor)
         self._looks_in_cache = self.local
         self._limiter = trio.CapacityLimiter(WORKERS_MAX)
         self._keeper: Keeper | None = None
