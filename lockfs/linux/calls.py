@@ -33,6 +33,7 @@ _STATFS_BYTES = 256
 
 _EXT, _XFS, _BTRFS, _TMPFS, _F2FS = 0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0xF2F52010
 _IN_MEMORY = frozenset({_EXT, _XFS, _BTRFS, _TMPFS, _F2FS})
+_NFS = 0x6969
 
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -68,9 +69,18 @@ def in_memory(fd: int) -> bool:
     True for the local file systems that keep an open file's inode and locks in memory, so that fstat(2) and
     fcntl(2) never wait for a disk or a server. Shared ones ask a server or take a cluster lock.
     """
+    return _file_system(fd) in _IN_MEMORY
+
+
+def on_nfs(fd: int) -> bool:
+    """Whether an open file lies on NFS (fstatfs(2), f_type)."""
+    return _file_system(fd) == _NFS
+
+
+def _file_system(fd: int) -> int:
     answer = ctypes.create_string_buffer(_STATFS_BYTES)
     _check(_libc.fstatfs(fd, answer))
-    return ctypes.c_long.from_buffer(answer).value in _IN_MEMORY
+    return ctypes.c_long.from_buffer(answer).value
 
 
 def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:

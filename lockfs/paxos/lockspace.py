@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from lockfs.paxos.area import Area
 from lockfs.paxos.errors import EngineError, IdInUse, LockspaceFailed
+from lockfs.paxos.kept import Kept
 from lockfs.paxos.seams import Clock
 from lockfs.paxos.timing import Timing
 from lockfs.paxos.watch import HostState, Watch
@@ -89,6 +90,8 @@ class Lockspace:
         self._sure = True
         self._lost = ""
         self._called: dict[int, float] = {}
+        self._former: Kept | None = None
+        self._former_until = 0
 
     # Where this host stands
 
@@ -122,7 +125,10 @@ class Lockspace:
     @property
     def comeback(self) -> float:
         """The age up to which a late renewal still counts."""
-        return max(float(self.timing.fails), self.timing.comeback(self.watch.longest_io()))
+        longest = self.watch.longest_io()
+        if self._former is not None and not self.watch.first_check:
+            longest = max(longest, self._former.longest_io)
+        return max(float(self.timing.fails), self.timing.comeback(longest))
 
     @property
     def write_until(self) -> float:
@@ -144,6 +150,8 @@ class Lockspace:
         """The io_timeouts of hosts that have joined and do not look first, as far as they have been seen."""
         if self._looks_first is None:
             return []
+        if self._former is not None and not self.watch.first_check:
+            return list(self._former.strangers)
         return [
             sight.io_timeout or self.timing.io_timeout
             for host_id, sight in self.watch.hosts().items()
@@ -158,7 +166,7 @@ class Lockspace:
         A host that has made no pass for 8 of its io_timeouts takes nothing.
         """
         slow = self.strangers
-        if self._looks_first is not None and not self.watch.first_check:
+        if self._looks_first is not None and not self.watch.first_check and self._former is None:
             slow = [self.timing.io_timeout]
         return self._entered_at + self.timing.of(max(slow)).fails if slow else 0.0
 
@@ -269,6 +277,59 @@ class Lockspace:
         self.area.check_size(self._sector, leader)
         self.area.check_number(self._sector, leader.owner_generation)
 
+    # Going on for a former process
+
+    def kept(self) -> Kept:
+        """What a later process must know to go on with this membership.
+
+        Raises:
+            LockspaceFailed: there is none.
+        """
+        last = self._last
+        if last is None or not self._joined or self._lost:
+            raise self._failure()
+        return Kept(
+            host_id=self.host_id,
+            host_name=self.host_name,
+            generation=last.owner_generation,
+            io_timeout=self.timing.io_timeout,
+            timestamp=stamp(self.renewed_at),
+            renewed_at=self.renewed_at,
+            entered_at=self._entered_at,
+            longest_io=self.watch.longest_io(),
+            strangers=tuple(self.strangers),
+        )
+
+    async def go_on(self, kept: Kept) -> None:
+        """Be the member that a former process was, in place of `join`. Nothing is written: the next `renew`
+        does that, and is due.
+
+        What the former process wrote last may be a renewal of which it did not learn that it landed; that one
+        counts for nothing. On storage that lets go of a killed process before its write has ended, it may
+        even land later: it is then known for what it is.
+
+        Raises:
+            LockspaceFailed: it is too late, or the id is not as the former process left it; LOST from now on.
+            RecordError; DiskError, DiskTimeout: not known, may be tried again.
+        """
+        self._former, self.renewed_at, self._entered_at = kept, kept.renewed_at, kept.entered_at
+        seen = await self._read_own()
+        now = self.clock.now()
+        self._former_until = stamp(now)
+        if kept.io_timeout != self.timing.io_timeout:
+            self._lose(f"io_timeout was {kept.io_timeout} s")
+        elif not kept.matches(seen, self._former_until):
+            self._lose(f"host id {self.host_id} is not as a former process of this host has left it")
+        elif not 0.0 <= now - kept.renewed_at < self.comeback:
+            self._lose(f"no renewal for {now - kept.renewed_at:.0f} s")
+        if self._lost:
+            raise self._failure()
+        self._last, self._joined, self._landed = seen, True, True
+
+    def _is_formers(self, seen: Leader) -> bool:
+        """Whether a record of ours is a late one of the former process."""
+        return self._former is not None and self._former.matches(seen, self._former_until)
+
     # Renewing
 
     async def renew(self) -> None:
@@ -330,7 +391,7 @@ class Lockspace:
                 Result.RENEWAL_OWNER,
                 f"host id {self.host_id} was taken by host {sectors.shown(seen.resource_name)}",
             )
-        if self._sure and seen != last:
+        if self._sure and seen != last and not self._is_formers(seen):
             raise LockspaceFailed(Result.RENEWAL_CHANGED, f"the lease of host id {self.host_id} was changed")
 
     # Leaving

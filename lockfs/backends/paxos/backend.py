@@ -20,6 +20,7 @@ import trio
 from lockfs.backends.base import (
     Backend,
     Evidence,
+    Forgetful,
     Holder,
     Image,
     Lease,
@@ -31,13 +32,16 @@ from lockfs.backends.base import (
     Peer,
 )
 from lockfs.backends.owners import OwnerRecords
+from lockfs.backends.paxos.former import FormerLeases, LeaseNotes, is_of
 from lockfs.backends.paxos.holders import Holders
 from lockfs.backends.paxos.index import IndexLayout
+from lockfs.backends.paxos.membernotes import MemberNotes
 from lockfs.backends.paxos.membership import Epoch, Membership, host_of
 from lockfs.backends.paxos.opening import open_layout
 from lockfs.backends.paxos.options import PaxosOptions
 from lockfs.backends.paxos.places import Layout, Place, was_removed
 from lockfs.backends.paxos.unsettled import SETTLE_S, Hand, Unsettled, let_go_of
+from lockfs.backends.remembered import Ledger, Stage
 from lockfs.backends.requests import Requests
 from lockfs.backends.state import StateDirectory
 from lockfs.errors import BackendError, ImageBusy, SetupError
@@ -58,6 +62,8 @@ CONTEND_S = 2.0
 anew.
 """
 SETTLE_RETRY_S = 1.0
+SETTLE_TASKS = 8
+"""How many leases of a former worker are given back at once."""
 COUNT_S = 4.0
 """How long a report may read leases to count who holds how many, seconds."""
 ATTEMPT_S = 5.0
@@ -128,16 +134,18 @@ class PaxosBackend(Backend):
         self._clock = clock or BootClock()
         self._random = random or SystemRandom()
         instance = re.sub(r"[^A-Za-z0-9-]", "_", host)[:64] + "-" + secrets.token_hex(6)
-        state = StateDirectory(store_fd)
-        self._records = OwnerRecords(state, instance.encode())
-        self._requests = Requests(state, instance.encode())
+        self._name_files(instance.encode())
         self._limiter = trio.CapacityLimiter(STATE_THREADS)
         self._membership = Membership(
             options, host, self._clock, self._random, self._epoch_changed, self._epoch_passed
         )
         self._layout: Layout | None = None
         self._leases: dict[int, PaxosLease] = {}
-        self._unsettled = Unsettled(lambda place, image: self._opened().still(place, image), self._remember)
+        self._unsettled = Unsettled(lambda place, image: self._opened().still(place, image), self._settled)
+        self._notes = LeaseNotes(Ledger(Forgetful()))
+        self._former = FormerLeases(self._notes, self._random, {})
+        self._succeeds = False
+        self._settling = False
         self._called: set[int] = set()
         self._links: dict[int, tuple[Leader | None, Leader]] = {}
         self._look_at_calls = trio.Event()
@@ -146,16 +154,39 @@ class PaxosBackend(Backend):
     # From start to stop
 
     async def start(self, on_change: LeaseEvent, memory: Memory | None = None) -> None:
-        """Open the lease area, making it where that is the layout's habit; raises SetupError."""
+        """Open the lease area, making it where that is the layout's habit; raises SetupError.
+
+        See Backend.start. A former worker's membership is gone on with, not joined anew.
+        """
         self._on_change = on_change
+        memory = Forgetful() if memory is None else memory
+        ledger = Ledger(memory)
+        self._notes = LeaseNotes(ledger)
+        instance, self._succeeds = ledger.instance(self._instance)
+        self._name_files(instance)
         layout, name = await open_layout(self._options, self._store_fd, self._store, self._random, self._io)
         self._layout = layout
         try:
             area = await layout.start()
+            name = layout.name if isinstance(layout, IndexLayout) else name
+            self._membership.start(area, name, layout.in_place, MemberNotes(memory))
+            if self._succeeds:
+                await layout.quiet(None)
+            goes_on = await self._membership.go_on()
         except BackendError as error:
             raise SetupError(str(error)) from error
-        name = layout.name if isinstance(layout, IndexLayout) else name
-        self._membership.start(area, name, layout.in_place)
+        self._former = FormerLeases(self._notes, self._random, ledger.notes())
+        if isinstance(layout, IndexLayout):
+            layout.changing = self._notes.changing_index
+            layout.left_changing = goes_on and self._notes.index_was_changing
+        if not goes_on:
+            self._former.void()
+
+    def _name_files(self, instance: bytes) -> None:
+        self._instance = instance
+        state = StateDirectory(self._store_fd)
+        self._records = OwnerRecords(state, instance)
+        self._requests = Requests(state, instance)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Join and keep the lockspace, and put in order what failed steps left; see Backend.run."""
@@ -179,6 +210,8 @@ class PaxosBackend(Backend):
         self._leases.clear()
         await self._unsettled.close()
         await self._membership.stop()
+        if self._succeeds:
+            await self._in_thread(self._records.adopt)
         await self._in_thread(self._records.clear)
         if self._layout is not None:
             await self._layout.stop()
@@ -197,6 +230,7 @@ class PaxosBackend(Backend):
                 lease.state = state
                 if state is LeaseState.LOST:
                     lease.last = lease.resource.leader
+                    self._note(lease, Stage.ENDING)
                 self._on_change(lease)
 
     # Taking
@@ -209,20 +243,44 @@ class PaxosBackend(Backend):
         async with self._unsettled.turn(image.inode):
             if image.inode in self._leases:
                 raise BackendError(f"{image.name} is already leased by this mount.")
-            for _ in range(MOVED_TRIES):
-                hand = await self._hand(image, epoch, deadline)
-                if await self._take(hand, image, mode):
-                    break
-            else:
-                raise BackendError(f"The lease of {image.name} is being removed again and again.")
+            await self._settle_former(image.inode, epoch)
+            hand = await self._taken_hand(image, mode, epoch, deadline)
             place, resource = hand.place, hand.resource
             lease = PaxosLease(image, mode, owner, epoch.state, place=place, resource=resource, epoch=epoch)
             lease.followed = self._origin(image.inode, resource)
             self._links.pop(image.inode, None)
             self._leases[image.inode] = lease
+            self._note(lease, Stage.HELD)
             with trio.CancelScope(shield=True):  # whoever reads it is told no wrong name
                 await self._in_thread(self._records.write, image.inode, mode, owner, image.path)
             return lease
+
+    async def _taken_hand(self, image: Image, mode: Mode, epoch: Epoch, deadline: float) -> Hand:
+        """A hand that holds the lease. Whatever it had begun to take when it fails is noted, and settled."""
+        inode = image.inode
+        try:
+            for _ in range(MOVED_TRIES):
+                self._notes.taking(inode, mode, self._opened().name_of(image), epoch)
+                hand = await self._hand(image, epoch, deadline)
+                if await self._take(hand, image, mode):
+                    return hand
+        except BaseException:
+            if inode not in self._unsettled:
+                self._notes.forget(inode)
+            raise
+        raise BackendError(f"The lease of {image.name} is being removed again and again.")
+
+    def _note(self, lease: PaxosLease, stage: Stage) -> None:
+        """Note how far a lease has come; one that is lost is not the next worker's to have."""
+        lost = lease.state is LeaseState.LOST
+        self._notes.held(
+            lease.image.inode,
+            Stage.ENDING if lost else stage,
+            lease.mode,
+            name=lease.place.name,
+            leader=lease.resource.leader,
+            epoch=lease.epoch,
+        )
 
     async def _ready(self) -> Epoch:
         epoch = await self._membership.ready()
@@ -259,8 +317,11 @@ class PaxosBackend(Backend):
             if not kept:
                 await self._unsettled.put_back(image.inode, hand)
 
-    def _remember(self, inode: int, resource: Resource) -> None:
-        """A version that this host won and gave back without using it: nobody had the image in between."""
+    def _settled(self, inode: int, resource: Resource) -> None:
+        """A hand was taken off its lease: the next worker need not know of it. If it had won a version, that
+        was given back without being used: nobody had the image in between.
+        """
+        self._notes.forget(inode)
         if resource.last is not None and not resource.unsettled:
             self._links[inode] = (self._origin(inode, resource), resource.last)
 
@@ -284,6 +345,9 @@ class PaxosBackend(Backend):
                 if lease.resource.unsettled:
                     async with self._unsettled.turn(inode):
                         await self._settle_shared(lease.resource)
+            epoch = self._membership.epoch
+            if self._settling and epoch is not None and epoch.state is LeaseState.HELD:
+                await self._settle_all(epoch)
             await self._opened().settle()
 
     async def _busy(self, image: Image, place: Place, refusal: Refused) -> ImageBusy:
@@ -307,6 +371,7 @@ class PaxosBackend(Backend):
 
     async def _convert(self, held: PaxosLease, mode: Mode) -> None:
         old, resource = held.mode, held.resource
+        self._note(held, Stage.CONVERTING)
         try:
             patience = self._clock.now() + CONTEND_S
             await resource.convert(shared=mode is Mode.SHARED, give_up_at=patience)
@@ -316,6 +381,9 @@ class PaxosBackend(Backend):
             if resource.hold is Hold.SHARED:
                 held.mode = Mode.SHARED
                 await self._settle_shared(resource)
+            elif resource.hold is Hold.EXCLUSIVE:
+                held.mode = Mode.EXCLUSIVE
+            self._note(held, Stage.CONVERTING if resource.unsettled else Stage.HELD)
         held.mode = mode
         image, owner = held.image, held.owner
         with trio.CancelScope(shield=True):
@@ -344,6 +412,7 @@ class PaxosBackend(Backend):
         inode = held.image.inode
         async with self._unsettled.turn(inode):
             if held.state is not LeaseState.RELEASED:
+                self._note(held, Stage.ENDING)
                 await self._in_thread(self._records.remove, inode, held.mode)
                 await self._release(held, inode)
 
@@ -358,7 +427,67 @@ class PaxosBackend(Backend):
         held.state = LeaseState.RELEASED
         self._called.discard(inode)
         self._leases.pop(inode, None)
+        self._notes.forget(inode)
         await held.place.close()
+
+    # What a former worker left
+
+    async def recall(self, image: Image, mode: Mode, owner: Owner) -> PaxosLease | None:
+        """The lease as the storage has it, in the membership that goes on; see Backend.recall.
+
+        What is not recalled after a loss cannot be resumed (Lease.resumable): its former record is not kept.
+        """
+        epoch = self._membership.epoch
+        if epoch is None or epoch.state is LeaseState.LOST:
+            return None
+        found = await self._former.find_again(image.inode, epoch, self._opened())
+        if found is None:
+            return None
+        place, resource = found
+        now = Mode.SHARED if resource.hold is Hold.SHARED else Mode.EXCLUSIVE
+        lease = PaxosLease(image, now, owner, epoch.state, place=place, resource=resource, epoch=epoch)
+        self._leases[image.inode] = lease
+        self._note(lease, Stage.CONVERTING if resource.unsettled else Stage.HELD)
+        return lease
+
+    async def settle(self) -> None:
+        """Give back what nobody recalled; see Backend.settle. What fails is tried again for as long as it
+        takes.
+        """
+        self._settling = True
+        if not self._former.inodes():
+            return
+        try:
+            epoch = await self._ready()
+        except BackendError as error:
+            _log.warning("what a former worker had leased is given back later: %s", error)
+            return
+        await self._settle_all(epoch)
+
+    async def _settle_all(self, epoch: Epoch) -> None:
+        limiter = trio.CapacityLimiter(SETTLE_TASKS)
+        async with trio.open_nursery() as nursery:
+            for inode in self._former.inodes():
+                nursery.start_soon(self._settle_one, inode, epoch, limiter)
+
+    async def _settle_one(self, inode: int, epoch: Epoch, limiter: trio.CapacityLimiter) -> None:
+        async with limiter, self._unsettled.turn(inode):
+            try:
+                await self._settle_former(inode, epoch)
+            except BackendError as error:
+                _log.debug("lease of inode %d: not settled yet: %s", inode, error)
+
+    async def _settle_former(self, inode: int, epoch: Epoch) -> None:
+        """For who has the turn: put in order what a former worker left of the lease of the inode."""
+        note = self._former.note(inode)
+        if note is None:
+            return
+        if note.in_hand and is_of(note, epoch):  # only then is the record there, and ours for certain
+            for mode in Mode if note.stage is Stage.CONVERTING else (note.mode,):
+                await self._in_thread(self._records.remove, inode, mode)
+        hand = await self._former.take_over(inode, epoch, self._opened())
+        if hand is not None:
+            await self._unsettled.put_back(inode, hand)
 
     # Telling
 
@@ -407,7 +536,7 @@ class PaxosBackend(Backend):
 
     async def force(self, image: Image) -> None:
         """Mark the lease free, whoever has it; see Backend.force."""
-        if image.inode in self._leases or image.inode in self._unsettled:
+        if self._at_work_on(image.inode):
             raise BackendError(f"{image.name} is held by this mount: lockfsctl fence frees it.")
         epoch = await self._ready()
         place = await self._opened().find(image)
@@ -531,15 +660,19 @@ class PaxosBackend(Backend):
                     removed.append(inode)
         return removed, True
 
+    def _at_work_on(self, inode: int) -> bool:
+        return inode in self._leases or inode in self._unsettled or self._former.note(inode) is not None
+
     async def _collect(self, image: Image, epoch: Epoch) -> bool:
         """Remove one lease while holding it; False if it is held, damaged, or was removed by another."""
-        if image.inode in self._leases or image.inode in self._unsettled:
+        if self._at_work_on(image.inode):
             return False
         place = await self._opened().find(image)
         if place is None:
             return False
         resource = Resource(place.area, epoch.lockspace, place.name, self._random, place.hosts)
         hand = Hand(image, place, resource, epoch)
+        self._notes.taking(image.inode, Mode.EXCLUSIVE, place.name, epoch)
         try:
             await resource.acquire()
             if not await self._opened().still(place, image):

@@ -29,6 +29,7 @@ from lockfs.records.geometry import GEOMETRIES, MIB, Geometry, geometry
 from lockfs.records.results import RecordError, Result
 from lockfs.storage.buffers import Buffers
 from lockfs.storage.disk import PLACES, RENEWAL_PLACES, Crew, DirectDisk
+from lockfs.storage.leftover import wait_for_writes
 from lockfs.storage.opening import StorageMissing
 from lockfs.storage.rawio import RawIO
 from lockfs.storage.workers import NotInTime, Workers, WorkersStopped
@@ -214,9 +215,24 @@ class FileLayout(Layout):
             crew=None if renewals else self._crew,
         )
 
-    async def find(self, image: Image) -> Place | None:
-        """Open the image's lease file; see Layout.find."""
-        name = self._naming.resource(image)
+    def name_of(self, image: Image) -> bytes:
+        """The name of the image's lease and of its file."""
+        return self._naming.resource(image)
+
+    async def quiet(self, name: bytes | None) -> None:
+        """Wait for late writes to the lease's file, or the lockspace's; see Layout.quiet."""
+        file = self._naming.lockspace_file if name is None else name
+        crew = self._crew = self._crew or Crew(Workers("leases", PLACES), Buffers())
+        look = partial(wait_for_writes, file, self._directory.descriptor)
+        try:
+            await crew.workers.run(look, self._options.io_timeout)
+        except FileNotFoundError:
+            return
+        except (OSError, NotInTime, WorkersStopped) as error:
+            raise BackendError(f"{self._name} does not answer: {error}.") from error
+
+    async def find_named(self, name: bytes) -> Place | None:
+        """Open the file of a lease; see Layout.find_named."""
         try:
             disk = await self._open(name)
         except StorageMissing:

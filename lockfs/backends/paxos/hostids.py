@@ -67,6 +67,14 @@ class HostIds:
         self._held[host_id] = descriptor
         return True
 
+    def descriptor(self, host_id: int) -> int | None:
+        """What keeps the id's file locked, None if nothing does."""
+        return self._held.get(host_id)
+
+    def adopt(self, host_id: int, descriptor: int) -> None:
+        """Go on with an id whose file a former process of this mount keeps locked."""
+        self._held[host_id] = descriptor
+
     def let_go(self, host_id: int, *, keep: bool) -> None:
         """End the holding; with `keep` the id is tried first the next time."""
         descriptor = self._held.pop(host_id, -1)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import trio
@@ -25,11 +27,13 @@ from lockfs.errors import BackendError, SetupError
 from lockfs.paxos.area import Area
 from lockfs.paxos.errors import Refused
 from lockfs.paxos.lockspace import Lockspace, find_lockspace, stamp
+from lockfs.paxos.recall import take_over
 from lockfs.paxos.resource import Hold, Resource
 from lockfs.records import sectors
 from lockfs.records.geometry import GEOMETRIES
 from lockfs.records.sectors import IndexEntry, IndexHeader
 from lockfs.storage.disk import RENEWAL_PLACES, DirectDisk
+from lockfs.storage.leftover import wait_for_writes
 from lockfs.storage.rawio import RawIO
 
 AREA_WRITE_S = 60.0
@@ -54,7 +58,11 @@ class IndexLayout(Layout):
         random: Random,
         io: RawIO | None = None,
     ) -> None:
-        """`lockspace` None: whichever lies there. `io` reaches the area, the kernel's by default."""
+        """`lockspace` None: whichever lies there. `io` reaches the area, the kernel's by default.
+
+        `changing` is told before the index's lease is taken, and when it was given back. `left_changing`: a
+        former process of this membership may have left it taken.
+        """
         self._io = io
         self._path = path
         self._options = options
@@ -69,6 +77,8 @@ class IndexLayout(Layout):
         self._guarded: Lockspace | None = None
         self._under_way: set[int] = set()
         self.lockspace: Lockspace | None = None
+        self.changing: Callable[[bool], None] = lambda begins: None
+        self.left_changing = False
 
     @property
     def name(self) -> bytes:
@@ -115,9 +125,23 @@ class IndexLayout(Layout):
         index.check(0, sectors.check_index, header, index.shape, self.name, index.offset)
         return header
 
-    async def find(self, image: Image) -> Place | None:
-        """Find the image's slot, remembered or by a look at the index; see Layout.find."""
-        name = _NAME % image.inode
+    def name_of(self, image: Image) -> bytes:
+        """The name of the image's lease."""
+        return _NAME % image.inode
+
+    async def quiet(self, name: bytes | None) -> None:
+        """Wait for late writes to the area, which has the lockspace and all leases; see Layout.quiet."""
+        look = partial(wait_for_writes, self._path)
+        with trio.move_on_after(self._options.io_timeout) as limit:
+            try:
+                await trio.to_thread.run_sync(look, abandon_on_cancel=True)
+            except OSError as error:
+                raise BackendError(f"{self._path} cannot be used: {error.strerror}.") from error
+        if limit.cancelled_caught:
+            raise BackendError(f"{self._path} does not answer.")
+
+    async def find_named(self, name: bytes) -> Place | None:
+        """Find the lease's slot, remembered or by a look at the index; see Layout.find_named."""
         if name not in self._slots and await self._look_up(name) is None:
             return None
         return self._place(name)
@@ -147,7 +171,7 @@ class IndexLayout(Layout):
 
     async def make(self, image: Image, deadline: float) -> Place:
         """Find or make the image's lease; see Layout.make. Made under the index's lease."""
-        name = _NAME % image.inode
+        name = self.name_of(image)
         place = await self.find(image)
         if place is not None:
             return place
@@ -167,9 +191,12 @@ class IndexLayout(Layout):
             raise BackendError(f"The lockspace of {self._path} is not joined.")
         guard = self._guard_in(lockspace)
         await self._unlock_index()
+        if self.left_changing:
+            raise BackendError(f"The index of {self._path} cannot be changed: it is being put in order.")
         if guard.hold is not Hold.NONE:
             raise BackendError(f"The index of {self._path} cannot be changed: a former change has not ended.")
         while True:
+            self.changing(True)
             try:
                 await guard.acquire(give_up_at=lockspace.clock.now() + CONTEND_S)
                 return
@@ -200,8 +227,12 @@ class IndexLayout(Layout):
             try:
                 for offset in sorted(self._under_way):
                     await self._wait_for_write(offset)
+                if self.left_changing and self._guarded is not None:
+                    await take_over(guard, self._guarded)
                 await guard.release()
                 await guard.settle()
+                self.left_changing = False
+                self.changing(False)
             except BackendError as error:
                 _log.debug("the index of %s is not given back yet: %s", self._path, error)
 
@@ -213,10 +244,12 @@ class IndexLayout(Layout):
 
     async def settle(self) -> None:
         """Give back the index's lease if that failed before; see Layout.settle."""
+        if self.left_changing and self.lockspace is not None:
+            self._guard_in(self.lockspace)
         guard = self._guard
         if guard is None or self._changing.locked():
             return
-        if self._under_way or guard.unsettled or guard.hold is not Hold.NONE:
+        if self.left_changing or self._under_way or guard.unsettled or guard.hold is not Hold.NONE:
             async with self._changing:
                 await self._unlock_index()
 

@@ -14,16 +14,18 @@ from random import Random
 
 import trio
 
-from lockfs.backends.base import LeaseState
+from lockfs.backends.base import Forgetful, LeaseState
 from lockfs.backends.paxos.hostids import HostIds
+from lockfs.backends.paxos.membernotes import Joining, MemberNotes
 from lockfs.backends.paxos.options import PaxosOptions
 from lockfs.backends.paxos.places import HOSTS_DEFAULT
 from lockfs.errors import BackendError, LockfsError
 from lockfs.paxos.area import Area
-from lockfs.paxos.errors import IdInUse
+from lockfs.paxos.errors import IdInUse, LockspaceFailed
 from lockfs.paxos.lockspace import Lockspace, Standing, find_lockspace, free_ids, survey
 from lockfs.paxos.seams import Clock
 from lockfs.records import sectors
+from lockfs.records.results import RecordError
 from lockfs.records.sectors import NAME_BYTES
 
 _log = logging.getLogger("lockfs.paxos")
@@ -45,6 +47,10 @@ _STATES = {
     Standing.DOUBT: LeaseState.DOUBT,
     Standing.LOST: LeaseState.LOST,
 }
+
+
+class _NotInPlace(BackendError):
+    """Hosts that mount now would not find the lockspace that this one has open."""
 
 
 class Epoch:
@@ -109,12 +115,58 @@ class Membership:
         self._ready = trio.Event()
         self._trouble: LockfsError | None = None
         self._joined = False
+        self._notes = MemberNotes(Forgetful())
+        self._former_join: Joining | None = None
         self.epoch: Epoch | None = None
 
-    def start(self, area: Area, name: bytes, in_place: Callable[[], Awaitable[bool]] | None = None) -> None:
-        """Say where the lockspace is; `in_place` tells whether other hosts would still find it there."""
+    def start(
+        self,
+        area: Area,
+        name: bytes,
+        in_place: Callable[[], Awaitable[bool]] | None = None,
+        notes: MemberNotes | None = None,
+    ) -> None:
+        """Say where the lockspace is; `in_place` tells whether other hosts would still find it there. The
+        next worker goes on from the `notes`.
+        """
         self._area, self._name, self._in_place = area, name, in_place
+        self._notes = notes or self._notes
         self._ids = HostIds(self._options.state_dir, area.name, name)
+
+    # Going on for a former worker
+
+    async def go_on(self) -> bool:
+        """After `start`: be the member that a former worker of this mount was, if it was one; whether there
+        is an epoch then. `run` renews it first of all; until then nothing can be taken in it.
+
+        Raises:
+            BackendError: the storage does not say whether the membership lasts.
+        """
+        area, ids = self._area, self._ids
+        former, descriptor = self._notes.former()
+        if area is None or ids is None or former is None:
+            return False
+        if isinstance(former, Joining):
+            self._former_join = former
+            return False
+        if descriptor is not None:
+            ids.adopt(former.host_id, descriptor)
+        lockspace = self._lockspace(area, former.host_id, former.host_name)
+        try:
+            await self._check_in_place()
+            await lockspace.go_on(former)
+        except (LockspaceFailed, RecordError, _NotInPlace) as error:
+            _log.error("lockspace %s and all its leases are lost: %s", sectors.shown(self._name), error)
+            self._notes.forget()
+            ids.let_go(former.host_id, keep=True)
+            return False
+        self.epoch = Epoch(lockspace)
+        self.epoch.state = _STATES[lockspace.standing()]
+        return True
+
+    async def _check_in_place(self) -> None:
+        if self._in_place is not None and not await self._in_place():
+            raise _NotInPlace(_REPLACED)
 
     # Joining
 
@@ -144,17 +196,22 @@ class Membership:
     async def run(self) -> None:
         """Join, renew, and join anew after a loss, until cancelled."""
         while True:
-            epoch = await self._join()
+            epoch = self.epoch
+            if epoch is None:
+                epoch = await self._join()
+            await self._begin(epoch)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_renewing, epoch)
                 nursery.start_soon(self._keep_in_place, epoch)
                 await self._observe(epoch)
                 nursery.cancel_scope.cancel()  # a renewal that hangs would hang for as long as its write may
             self.epoch = None
-            self._end(epoch)
+            self._let_go(epoch)
             await trio.sleep(RETRY_S)
 
-    def _end(self, epoch: Epoch) -> None:
+    def _let_go(self, epoch: Epoch) -> None:
+        """End the holding of the id. The note goes first: it names the descriptor that is closed then."""
+        self._notes.forget()
         if self._ids is not None:
             self._ids.let_go(epoch.lockspace.host_id, keep=True)
 
@@ -172,18 +229,33 @@ class Membership:
                 await trio.sleep(REJOIN_S)
                 continue
             epoch = Epoch(lockspace)
-            self._trouble = None
-            self._joined = True
+            self._keep(epoch)
             self.epoch = epoch
-            await self._first_pass(epoch)
-            _log.info(
-                "lockspace %s is joined with host id %d, generation %d",
-                sectors.shown(self._name),
-                lockspace.host_id,
-                lockspace.generation,
-            )
-            self._wake()
             return epoch
+
+    async def _begin(self, epoch: Epoch) -> None:
+        """Take up an epoch, joined or a former worker's: from here on leases can be taken."""
+        self._trouble = None
+        self._joined = True
+        until = epoch.lockspace.write_until
+        await self._first_pass(epoch)
+        if self._clock.now() >= until:
+            self._tell(epoch, LeaseState.DOUBT)
+        self._keep(epoch)
+        _log.info(
+            "lockspace %s is joined with host id %d, generation %d",
+            sectors.shown(self._name),
+            epoch.lockspace.host_id,
+            epoch.lockspace.generation,
+        )
+        self._wake()
+
+    def _keep(self, epoch: Epoch) -> None:
+        """Note for the next worker what it must know of the epoch, as long as it may be gone on with."""
+        lockspace = epoch.lockspace
+        if self._ids is None or epoch.state is LeaseState.LOST or lockspace.why_lost:
+            return
+        self._notes.keep(lockspace.kept(), self._ids.descriptor(lockspace.host_id))
 
     def _wake(self) -> None:
         """Let those who wait look; who comes later waits for the next outcome, unless there is an epoch."""
@@ -203,8 +275,10 @@ class Membership:
         area, ids = self._area, self._ids
         if area is None or ids is None:
             raise BackendError("the lease area is not open")
-        if self._in_place is not None and not await self._in_place():
-            raise BackendError(_REPLACED)
+        await self._check_in_place()
+        lockspace = await self._where_former_joined(area, ids)
+        if lockspace is not None:
+            return lockspace
         if self._options.host_id is not None:
             lockspace = self._lockspace(area, self._options.host_id)
             try:
@@ -232,6 +306,24 @@ class Membership:
                 return lockspace
         raise BackendError("no host id is free; give one with host_id=, that of a host that is gone")
 
+    async def _where_former_joined(self, area: Area, ids: HostIds) -> Lockspace | None:
+        """Go on with a join during which a former worker was killed: by its name the id is this mount's.
+
+        With the name of another start the id would have to be waited for, as for a dead host's.
+        """
+        former, self._former_join = self._former_join, None
+        if former is None or not await trio.to_thread.run_sync(ids.hold, former.host_id):
+            return None
+        lockspace = self._lockspace(area, former.host_id, former.host_name)
+        try:
+            await self._enter(lockspace)
+        except BaseException as error:
+            ids.let_go(former.host_id, keep=False)
+            if isinstance(error, IdInUse):
+                return None
+            raise
+        return lockspace
+
     async def _candidates(self, area: Area, ids: HostIds) -> list[int]:
         most = min(HOSTS_DEFAULT, area.shape.hosts_max)
         free = free_ids(await survey(area), self._name, most)
@@ -240,12 +332,12 @@ class Membership:
         wanted = await trio.to_thread.run_sync(ids.candidates, free, self._random)
         return [host_id for host_id in wanted if 0 < host_id <= most]
 
-    def _lockspace(self, area: Area, host_id: int) -> Lockspace:
+    def _lockspace(self, area: Area, host_id: int, name: bytes | None = None) -> Lockspace:
         return Lockspace(
             area,
             self._name,
             host_id,
-            unique_name(self._host),
+            name or unique_name(self._host),
             clock=self._clock,
             timing=self._options.timing,
             looks_first=lambda name: made_by_lockfs(name.decode("utf-8", "backslashreplace")),
@@ -253,9 +345,11 @@ class Membership:
 
     async def _enter(self, lockspace: Lockspace) -> None:
         """Join, and give the id back if that is cut short."""
+        self._notes.joining(lockspace.host_id, lockspace.host_name)
         try:
             await lockspace.join()
         except IdInUse:
+            self._notes.forget()
             raise
         except BaseException:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + self._options.io_timeout):
@@ -263,6 +357,7 @@ class Membership:
                     await lockspace.leave()
                 except BackendError as error:
                     _log.warning("host id %d could not be given back: %s", lockspace.host_id, error)
+            self._notes.forget()
             raise
 
     # Renewing
@@ -291,6 +386,7 @@ class Membership:
                 # Gates have said no meanwhile, whether or not anybody had looked at the standing.
                 self._tell(epoch, LeaseState.DOUBT)
             self._look(epoch)
+            self._keep(epoch)
             self._passed(epoch)
         self._look(epoch)
 
@@ -333,6 +429,7 @@ class Membership:
         epoch.state = state
         if state is LeaseState.LOST:
             _log.error("lockspace %s is lost: %s", sectors.shown(self._name), epoch.lockspace.why_lost)
+            self._notes.forget()
             self._ready = trio.Event()  # who comes now waits for what the next join says
         self._changed(epoch)
 
@@ -347,5 +444,4 @@ class Membership:
             await epoch.lockspace.leave()
         except BackendError as error:
             _log.warning("the lockspace could not be left, other hosts will wait for this one: %s", error)
-        if self._ids is not None:
-            self._ids.let_go(epoch.lockspace.host_id, keep=True)
+        self._let_go(epoch)

@@ -57,9 +57,23 @@ class Layout(ABC):
         does not say.
         """
 
-    @abstractmethod
     async def find(self, image: Image) -> Place | None:
         """The image's lease, opened; None if it was never made."""
+        return await self.find_named(self.name_of(image))
+
+    @abstractmethod
+    def name_of(self, image: Image) -> bytes:
+        """The name of the image's lease."""
+
+    @abstractmethod
+    async def find_named(self, name: bytes) -> Place | None:
+        """The lease of that name, opened; None if it was never made."""
+
+    @abstractmethod
+    async def quiet(self, name: bytes | None) -> None:
+        """Return when nothing is under way any more that a killed process of this machine had begun to write
+        to a lease, or (None) to the lockspace.
+        """
 
     @abstractmethod
     async def make(self, image: Image, deadline: float) -> Place:

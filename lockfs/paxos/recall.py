@@ -1,0 +1,61 @@
+"""A lease that a former process of this host held, or was at work on, in the membership that goes on.
+
+The lease is recalled as the storage has it. What lies there was written by this host alone for as long as it
+held the lease: the leader, if it is the owner; its own sector in any case.
+"""
+
+from __future__ import annotations
+
+from lockfs.paxos.area import Area
+from lockfs.paxos.lockspace import Lockspace
+from lockfs.paxos.resource import Hold, Resource
+from lockfs.records import sectors
+from lockfs.records.sectors import HostRecord, Leader
+
+
+async def recall(
+    resource: Resource, lockspace: Lockspace, hold: Hold, leader: Leader, *, converting: bool
+) -> bool:
+    """Let a fresh resource hold what the former process held; False if the storage does not bear it out.
+
+    `hold` and `leader` are the former resource's. While it was `converting` either mode may be there; what a
+    conversion had begun is left `unsettled`.
+
+    Raises:
+        RecordError, DiskError, DiskTimeout.
+    """
+    area, now, own = await _look(resource.area, lockspace, resource.name)
+    resource.area = area
+    here = (lockspace.host_id, lockspace.generation)
+    let_go = now.write_id != lockspace.host_id and own.dblock.released
+    owns = bool(now.timestamp) and (now.owner_id, now.owner_generation) == here and not let_go
+    shares = own.mode.shared and own.mode.generation == lockspace.generation
+    if shares and (converting or hold is Hold.SHARED):
+        resource.restore(Hold.SHARED, leader, own, unsettled=converting or owns)
+        return True
+    same = converting or (hold is Hold.EXCLUSIVE and now.lver == leader.lver)
+    if owns and same and not shares:
+        resource.restore(Hold.EXCLUSIVE, now, own, unsettled=False)
+        return True
+    resource.restore(Hold.NONE, None, own, unsettled=True)
+    return False
+
+
+async def take_over(resource: Resource, lockspace: Lockspace) -> None:
+    """Let a fresh resource, which holds nothing, settle whatever the former process had begun.
+
+    Raises:
+        RecordError, DiskError, DiskTimeout.
+    """
+    resource.area, _, own = await _look(resource.area, lockspace, resource.name)
+    resource.restore(Hold.NONE, None, own, unsettled=True)
+
+
+async def _look(area: Area, lockspace: Lockspace, name: bytes) -> tuple[Area, Leader, HostRecord]:
+    leader = sectors.decode_leader(await area.read(sectors.LEADER_SECTOR))
+    area.check(sectors.LEADER_SECTOR, sectors.check_paxos, leader, lockspace.name, name, lockspace.host_id)
+    area = area.shaped(leader.geometry)
+    sector = sectors.host_sector(lockspace.host_id)
+    own = sectors.decode_host(await area.read(sector))
+    area.check(sector, sectors.check_dblock, own.dblock)
+    return area, leader, own

@@ -1,0 +1,27 @@
+"""Writes that a killed process of this machine may have left under way.
+
+A process that was killed waits for its direct I/O before it has wholly ended, on block devices and file
+systems on them. On NFS it does not (nfs_direct_wait): the client goes on with what it has begun. But buffered
+reading waits there, in the kernel, until all direct I/O of the file has ended (nfs_start_io_read).
+"""
+
+from __future__ import annotations
+
+import os
+
+from lockfs.linux import calls
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+def wait_for_writes(path: str | bytes, directory: int | None = None) -> None:
+    """Return when no direct I/O that this machine began on a file before is under way any more; may block.
+
+    `path` is relative to the descriptor `directory` if there is one. Raises OSError.
+    """
+    descriptor = os.open(path, _FLAGS, dir_fd=directory)
+    try:
+        if calls.on_nfs(descriptor):
+            os.pread(descriptor, 1, 0)
+    finally:
+        os.close(descriptor)
