@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.failover import contended_loads, data_loads, fio_loads, name_loads
+from tests.failover import contended_loads, data_loads, fio_loads, guest_load, name_loads
 from tests.failover.loads import Load
 
 BEAT = "beat"
@@ -25,7 +25,13 @@ ORDINARY: dict[str, type[Load]] = {
 }
 """Loads of the first mount that need nothing but a directory."""
 
-FIO: dict[str, type[Load]] = {"fio-direct": fio_loads.FioDirect, "fio-buffered": fio_loads.FioBuffered}
+FIO: dict[str, type[Load]] = {
+    "fio-direct": fio_loads.FioDirect,
+    "fio-async": fio_loads.FioAsync,
+    "fio-buffered": fio_loads.FioBuffered,
+}
+
+GUESTS: dict[str, type[Load]] = {"guest": guest_load.Guest}
 
 RIVALS: dict[str, type[Load]] = {
     NEAR: contended_loads.Contender,
@@ -34,4 +40,4 @@ RIVALS: dict[str, type[Load]] = {
 }
 """Loads of a store that has leases; the last two work on the second mount."""
 
-LOADS = ORDINARY | FIO | RIVALS
+LOADS = ORDINARY | FIO | GUESTS | RIVALS

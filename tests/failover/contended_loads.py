@@ -76,6 +76,7 @@ class Rival(Load):
     paced = False
 
     def prepare(self) -> None:
+        self.locked: list[int] = []
         targets = json.loads((self.bare / TARGETS).read_text())
         self.paths = [Path(path) for path in targets["paths"]]
         self.locked = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in targets["locked"]]

@@ -45,11 +45,11 @@ class Kept(Load):
     seeds = 4
 
     def prepare(self) -> None:
+        self.descriptors: list[int] = []
+        for number in range(self.seeds):
+            path = self.directory / HELD / f"{number}.img"
+            self.descriptors.append(self.call("open", os.open, path, _KEPT_OPEN))
         self.stamps = [dict[int, int]() for _ in range(self.seeds)]
-        self.descriptors = [
-            self.call("open", os.open, self.directory / HELD / f"{number}.img", _KEPT_OPEN)
-            for number in range(self.seeds)
-        ]
 
     def step(self) -> None:
         number = self.random.randrange(self.seeds)
@@ -85,6 +85,7 @@ class Append(Load):
     """Records at the end of a file, through one descriptor and through new ones: each is there exactly once."""
 
     def prepare(self) -> None:
+        self.descriptor = -1
         self.make_turn()
         self.count = 0
         self.descriptor = self.call(
@@ -120,8 +121,9 @@ class Append(Load):
 
     def abandon(self) -> None:
         super().abandon()
-        with contextlib.suppress(OSError):
-            os.close(self.descriptor)
+        if self.descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self.descriptor)
 
 
 class Truncate(Load):
@@ -154,9 +156,9 @@ class Orphans(Load):
     LIFE = 40  # steps
 
     def prepare(self) -> None:
+        self.descriptor = -1
         self.make_turn()
         self.age = self.LIFE
-        self.descriptor = -1
 
     def step(self) -> None:
         if self.age >= self.LIFE:

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import os
 import random
-import shutil
 import sys
 import time
 import traceback
@@ -39,6 +38,16 @@ class Load(ABC):
     seeds: ClassVar[int] = 0
     """How many images of `seed_bytes` it finds below HELD, made before the mount was."""
     seed_bytes: ClassVar[int] = 1 << 20
+
+    @classmethod
+    def seed(cls, directory: Path) -> list[Path]:
+        """Make its directory and what it finds there, in the store; returns the images that it will hold."""
+        (directory / HELD).mkdir(parents=True)
+        paths = [directory / HELD / f"{number}.img" for number in range(cls.seeds)]
+        for path in paths:
+            with open(path, "wb") as file:
+                file.truncate(cls.seed_bytes)
+        return paths
 
     def __init__(self, directory: Path, bare: Path, recorder: Recorder) -> None:
         self.directory = directory
@@ -178,19 +187,6 @@ def main() -> int:
     finally:
         recorder.record.write(arguments.record)
     return 0
-
-
-def seed(kind: type[Load], directory: Path) -> None:
-    """Make what a load finds, in the store, before it is mounted."""
-    (directory / HELD).mkdir(parents=True)
-    for number in range(kind.seeds):
-        with open(directory / HELD / f"{number}.img", "wb") as file:
-            file.truncate(kind.seed_bytes)
-
-
-def clear(directory: Path) -> None:
-    """Remove what the loads left in the store, after it was unmounted."""
-    shutil.rmtree(directory)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -108,13 +109,13 @@ class Listing(Load):
     PIECE = 1024
 
     def prepare(self) -> None:
+        self.descriptor = -1
         self.make_turn()
         self.wanted = sorted(f"entry-{number:04}-with-a-name-of-some-length" for number in range(self.NAMES))
         for name in self.wanted:
             descriptor = self.call("create", os.open, self.place(name), os.O_CREAT | os.O_EXCL | os.O_RDWR)
             self.call("close", os.close, descriptor)
         self.libc = ctypes.CDLL(None, use_errno=True)
-        self.descriptor = -1
         self.found: list[str] = []
 
     def step(self) -> None:
@@ -146,12 +147,13 @@ class Listing(Load):
 
     def finish(self) -> None:
         if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+            descriptor, self.descriptor = self.descriptor, -1
+            os.close(descriptor)
 
     def abandon(self) -> None:
         super().abandon()
-        self.finish()
+        with contextlib.suppress(OSError):
+            self.finish()
 
 
 class Attributes(Load):

@@ -210,6 +210,7 @@ class Recorder:
             result = function(*args, **kwargs)
         except OSError as error:
             self._add(what, begun)
+            self.row.enter(0)
             error.add_note(f"in {what} that began at {begun} and took {_ms_since(begun):.1f} ms")
             raise
         self._add(what, begun)
