@@ -15,9 +15,9 @@ OWN_BYTE = 0x4C4B4653
 """The byte that lockfs with backend=fcntl always locks (docs; lockfs/backends/image_locks.py)."""
 TARGETS = "targets.json"
 """In the bare directory: what `Rival` reads, an object of `paths` on the second mount and `store` paths."""
-REST_S = 0.005
-HOLD_S = 0.02
-LOSER_S = 0.03
+REST_S = 0.01
+HOLD_S = 0.05
+LOSER_S = 0.1
 
 
 class Contender(Load):
@@ -93,7 +93,8 @@ class Rival(Load):
                 raise
         else:
             os.close(descriptor)
-            self.demand(False, f"a lease was dropped: the second host opened {path.parent.parent.name}/{path.name}")
+            image = f"{path.parent.parent.name}/{path.name}"
+            self.demand(False, f"a lease was dropped: the second host opened {image}")
         end = time.monotonic() + REST_S
         while time.monotonic() < end:
             self._look()

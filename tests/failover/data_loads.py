@@ -82,7 +82,7 @@ class Kept(Load):
 
 
 class Append(Load):
-    """Records at the end of a file, through one descriptor and through new ones: each is there exactly once."""
+    """Records at the end of a file, through one descriptor and through new ones: each there exactly once."""
 
     def prepare(self) -> None:
         self.descriptor = -1

@@ -16,6 +16,7 @@ from tests.failover.recording import Request
 RUN_DEADLINE_S = 120.0
 RATE = 40
 """Requests a second and job: two jobs of three loads must leave a machine of two cores idle time."""
+_COMPLAINT = re.compile(r"^.*(?:verify|error|fail|err= *[1-9]).*$", re.MULTILINE | re.IGNORECASE)
 _WHAT = {"0": "fio read", "1": "fio write", "2": "fio trim"}
 
 
@@ -26,7 +27,7 @@ class Fio(Load):
     """
 
     seeds = 2
-    seed_bytes = 8 << 20
+    seed_bytes = 3 << 20
     paced = False
     fio_timed: ClassVar[bool] = True
     options: ClassVar[dict[str, object]] = {}
@@ -50,7 +51,7 @@ class Fio(Load):
             self._collect(prefix)
         except subprocess.TimeoutExpired:
             self.demand(False, f"fio did not end within {RUN_DEADLINE_S:.0f} s")
-        complaints = re.findall(r"^.*(?:verify|error|fail|err= *[1-9]).*$", done.stdout, re.MULTILINE | re.IGNORECASE)
+        complaints = _COMPLAINT.findall(done.stdout)
         if done.returncode:
             self.demand(False, f"fio ended with {done.returncode}: {' | '.join(complaints)[:600]}")
         self.recorder.record.facts["runs"] = self.runs
@@ -71,7 +72,7 @@ class Fio(Load):
     def _collect(self, prefix: Path) -> None:
         """Take fio's times of every request into the record; its clock is the calendar's, in milliseconds.
 
-        Of requests that fio waits for one by one: others it sees ended when it next looks, which its rate delays.
+        Only where fio waits for one request at a time: others it finds ended later, delayed by its rate.
         """
         ahead = time.time_ns() - time.monotonic_ns()
         count = 0

@@ -6,6 +6,7 @@ acknowledged writes stood still, looked at every POLL_S, which adds up to POLL_S
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from tests.failover.recording import Request
 from tests.support import guest
 from tests.support.qemu import Fleet, Qemu, disk, installed
 
-POLL_S = 0.01
+POLL_S = 0.02
 STUCK_S = 60.0
-STATUS_EVERY = 100
+NICE = 5
+"""The BIOS waits for its disk in a loop: the guest must not take the processors from the others."""
+STATUS_EVERY = 50
 _BAD_EVENTS = ("BLOCK_IO_ERROR", "STOP", "SHUTDOWN", "GUEST_PANICKED")
 
 
@@ -36,6 +39,7 @@ class Guest(Load):
         if build is None:
             raise FileNotFoundError("qemu-system-x86_64 is not installed")
         arguments = disk("auto", "raw", self.directory / HELD / "0.img", direct=True)
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)  # QEMU inherits it
         self.machine: Qemu = self.fleet.start(build, arguments)
         self.machine.wait_written(10)
         self.last, self.since = self.machine.written(), time.monotonic_ns()

@@ -28,6 +28,7 @@ from typing import Any
 
 from tests.failover import catalogue, rigs, servers, timeline
 from tests.failover.contended_loads import TARGETS
+from tests.failover.loads import Load
 from tests.failover.recording import FAILED, READY, Board, Record, Request
 from tests.failover.rigs import MountRig, Rig, RigError
 from tests.failover.timeline import Kill
@@ -37,6 +38,8 @@ READY_S = 120.0
 REPAIR_S = 40.0
 END_S = 180.0
 """fio ends a run with a wholly verified file, which takes its time."""
+SETTLE_S = 1.0
+"""After the start of all programs, which keeps the machine busy."""
 POLL_S = 0.01
 LONGEST_MS, MEDIAN_MS = 500.0, 200.0
 """The limits of one request over a kill of the worker."""
@@ -55,6 +58,18 @@ class Plan:
     fio: bool = True
     guests: bool = True
     seed: int = 0
+    only: tuple[str, ...] = ()
+
+    def kinds(self) -> dict[str, type[Load]]:
+        """The programs of the first mount; `only` names some, and without it all work."""
+        kinds = dict(catalogue.ORDINARY)
+        kinds |= catalogue.FIO if self.fio else {}
+        kinds |= catalogue.GUESTS if self.guests else {}
+        return {
+            name: kind
+            for name, kind in kinds.items()
+            if not self.only or name in (*self.only, catalogue.BEAT)
+        }
 
 
 class Broken(Exception):
@@ -101,6 +116,7 @@ class Run:
         self._loads: list[_Running] = []
         self._kills: list[Kill] = []
         self._known: set[int] = set()
+        self._since = 0
         self._held: list[Path] = []
         self.report = Report(plan=dict(vars(plan)))
 
@@ -108,9 +124,7 @@ class Run:
         """Everything from the first file to the last check. Never raises for what the victim did."""
         self._known.add(os.getpid())
         fail = self.report.failures.append
-        kinds = dict(catalogue.ORDINARY)
-        kinds |= catalogue.FIO if self._plan.fio else {}
-        kinds |= catalogue.GUESTS if self._plan.guests else {}
+        kinds = self._plan.kinds()
         try:
             for name, kind in kinds.items():
                 self._held += kind.seed(self._rig.store / name)
@@ -139,6 +153,8 @@ class Run:
         if self._rig.far is not None:
             self._launch_rivals(self._rig.far)
             self._await_ready()
+        self._rest(SETTLE_S)
+        self._since = time.monotonic_ns()
         if self._plan.count == 0:
             self._rest(self._plan.seconds)
         for number in range(1, self._plan.count + 1):
@@ -223,8 +239,8 @@ class Run:
         self._known |= set(before.all)
         victims = _victims(before, self._plan.whom)
         self._random.shuffle(victims)
-        if before.guardian in victims and isinstance(self._rig, MountRig):
-            self._rig.guardian_was_killed()
+        if self._rig.started in victims:
+            self._rig.started_is_killed()
         sign = signal.SIGSTOP if self._plan.whom == "stop" else signal.SIGKILL
         at = time.monotonic_ns()
         for pid in victims:
@@ -239,7 +255,9 @@ class Run:
 
         def replaced() -> bool:
             after = servers.find(self._rig.mark)
-            worker = after.worker is not None and (before.worker not in victims or after.worker != before.worker)
+            worker = after.worker is not None and (
+                before.worker not in victims or after.worker != before.worker
+            )
             guardian = after.guardian is not None and (
                 before.guardian not in victims or after.guardian != before.guardian
             )
@@ -262,15 +280,13 @@ class Run:
 
     def _bury(self) -> None:
         """Collect orphans that ended: this process is their parent in place of init."""
-        own = {load.process.pid for load in self._loads}
+        self._rig.bury()
+        foreign = self._known - {load.process.pid for load in self._loads} - {self._rig.started}
         for task in os.listdir("/proc/self/task"):
-            for word in Path(f"/proc/self/task/{task}/children").read_text().split():
-                if int(word) in self._known - own and not servers.alive(int(word)) and self._is_orphan(int(word)):
-                    os.waitpid(int(word), os.WNOHANG)
-
-    def _is_orphan(self, pid: int) -> bool:
-        started = getattr(getattr(self._rig, "_near", None), "process", None)
-        return started is None or pid != started.pid
+            children = map(int, Path(f"/proc/self/task/{task}/children").read_text().split())
+            for pid in foreign.intersection(children):
+                if not servers.alive(pid):
+                    os.waitpid(pid, os.WNOHANG)
 
     # --- the end
 
@@ -295,18 +311,18 @@ class Run:
                 fail(f"lockfsctl status: {fault}")
 
     def _gather(self) -> None:
+        fail = self.report.failures.append
         requests: list[Request] = []
         for load in self._loads:
             try:
                 record = Record.read(load.record)
             except FileNotFoundError:
-                self.report.failures.append(f"{load.name} left no record: {load.log.read_text(errors='replace')[-500:]}")
+                fail(f"{load.name} left no record: {load.log.read_text(errors='replace')[-500:]}")
                 continue
-            requests += record.requests
-            self.report.facts[load.name] = {**record.facts, "requests": load.row.count}
-            self.report.failures += [
-                f"{fault.load}: {self._when(fault.at)}: {fault.what}" for fault in record.faults[:FAULTS_SHOWN]
-            ]
+            requests += [request for request in record.requests if request.begun >= self._since]
+            self.report.facts[load.name] = {"answered": load.row.count, **record.facts}
+            for fault in record.faults[:FAULTS_SHOWN]:
+                fail(f"{fault.load}: {self._when(fault.at)}: {fault.what}")
         worst, rest = timeline.sort_out(self._kills, requests)
         self.report.kills = timeline.rows(self._kills, worst)
         self.report.stalls = timeline.summary(self.report.kills)
@@ -361,8 +377,9 @@ def adopt_orphans() -> None:
 def show(report: Report) -> str:
     """The report for a reader."""
     lines = [f"plan: {report.plan}"]
-    lines += [f"kill {row['number']}: repaired in {row['repaired_ms']} ms, longest request {row['stall_ms']} ms "
-              f"({row['stall_of']})" for row in report.kills]  # fmt: skip
+    for row in report.kills:
+        stall = f"longest request {row['stall_ms']} ms ({row['stall_of']})"
+        lines.append(f"kill {row['number']}: repaired in {row['repaired_ms']} ms, {stall}")
     lines.append(f"stalls: {report.stalls or 'none'}; without a kill: {report.quiet or 'nothing'}")
     lines += [f"{name}: {value}" for name, value in report.facts.items()]
     lines += [f"FAILED {failure}" for failure in report.failures]

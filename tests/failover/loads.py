@@ -24,7 +24,7 @@ from typing import ClassVar
 
 from tests.failover.recording import FAILED, READY, Board, Recorder, Wrong
 
-PACE_S = 0.06
+PACE_S = 0.2
 """A load rests so long between two steps on average; all loads together must leave the machine idle time."""
 HELD = "held"
 """Below a load's directory: the images that it has open for writing from READY to the end."""

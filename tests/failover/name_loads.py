@@ -14,7 +14,7 @@ from tests.failover.loads import Load
 
 _GETDENTS64 = {"x86_64": 217, "aarch64": 61}
 _DIRENT = struct.Struct("=QqHB")
-BEAT_S = 0.02
+BEAT_S = 0.03
 
 
 class Names(Load):
@@ -121,7 +121,8 @@ class Listing(Load):
     def step(self) -> None:
         """One piece of the listing, so that a kill falls between two pieces as a rule."""
         if self.descriptor < 0:
-            self.descriptor = self.call("opendir", os.open, self.place("x").parent, os.O_RDONLY | os.O_DIRECTORY)
+            flags = os.O_RDONLY | os.O_DIRECTORY
+            self.descriptor = self.call("opendir", os.open, self.place("x").parent, flags)
             self.found = []
         names = self.call("readdir", self._piece)
         self.found += names
@@ -157,7 +158,7 @@ class Listing(Load):
 
 
 class Attributes(Load):
-    """Modes, times, extended attributes, free space. Its first request of a step shows that lockfs answers."""
+    """Modes, times, extended attributes, free space."""
 
     def prepare(self) -> None:
         self.make_turn()

@@ -43,7 +43,8 @@ class Board:
     def __init__(self, path: Path, *, create: bool = False) -> None:
         """Map the file; `create` makes it."""
         size = (1 + SLOTS_MAX * _WORDS) * _WORD.size
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0), 0o600)
+        making = os.O_CREAT | os.O_EXCL if create else 0
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | making, 0o600)
         try:
             if create:
                 os.ftruncate(descriptor, size)

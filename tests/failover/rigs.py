@@ -21,6 +21,7 @@ STOP_S = 30.0
 SETTLE_S = 20.0
 STEADY_S = 1.0
 POLL_S = 0.05
+LOG_CHARS_MAX = 3000
 
 
 class RigError(Exception):
@@ -28,13 +29,26 @@ class RigError(Exception):
 
 
 class Rig(Protocol):
-    """A store, the place where the victim serves it, and the second host's, None where there are no leases."""
+    """A store, the place where the victim serves it, and the second host's: None where there are no leases.
+
+    `started` is the process that was started, whose parent is this one.
+    """
 
     store: Path
     near: Path
     far: Path | None
     mark: str
     backend: str
+
+    @property
+    def started(self) -> int | None:
+        """Its pid, even if it ended."""
+
+    def started_is_killed(self) -> None:
+        """It ends by intent: its exit code tells nothing."""
+
+    def bury(self) -> None:
+        """Collect it if it ended."""
 
     def start(self) -> None:
         """Bring everything up. Raises RigError."""
@@ -59,7 +73,7 @@ class _Lockfs:
     mark: str
     log_file: Path
     process: subprocess.Popen[bytes] | None = None
-    guardian_killed: bool = False
+    killed: bool = False
 
     def start(self) -> None:
         self.path.mkdir()
@@ -107,10 +121,11 @@ class _Lockfs:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 code = self.process.wait(SETTLE_S)
-            if code and not self.guardian_killed:
+            if code and not self.killed:
                 found.append(f"lockfs on {self.path.name} ended with {code}")
         if "Traceback" in self.log():
-            found.append(f"lockfs on {self.path.name} failed inside: {self.log()[self.log().index('Traceback'):][:3000]}")
+            trace = self.log()[self.log().index("Traceback") :]
+            found.append(f"lockfs on {self.path.name} failed inside: {trace[:LOG_CHARS_MAX]}")
         return found
 
     def kill(self) -> None:
@@ -157,10 +172,17 @@ class MountRig:
             if made is not None:
                 made.kill()
 
-    def guardian_was_killed(self) -> None:
-        """The process that was started is gone by intent: its exit code tells nothing."""
+    @property
+    def started(self) -> int | None:
+        return self._near.process.pid if self._near is not None and self._near.process is not None else None
+
+    def started_is_killed(self) -> None:
         if self._near is not None:
-            self._near.guardian_killed = True
+            self._near.killed = True
+
+    def bury(self) -> None:
+        if self._near is not None and self._near.process is not None:
+            self._near.process.poll()
 
     def status(self) -> Mapping[str, Any] | None:
         command = [sys.executable, "-m", "lockfs.cli.ctl", "status", "--json"]

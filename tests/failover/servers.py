@@ -51,8 +51,8 @@ def find(mark: str) -> Servers:
     The worker has the most threads and the library of FUSE; the spare has the library and one thread; of
     the others the guardian is the twin's parent.
     """
-    found = [process for pid in marked(mark) if (process := _look(pid)) is not None and process.state not in "ZX"]
-    return _roles(found)
+    looked = [process for pid in marked(mark) if (process := _look(pid)) is not None]
+    return _roles([process for process in looked if process.state not in "ZX"])
 
 
 def _roles(found: list[_Process]) -> Servers:
@@ -65,12 +65,11 @@ def _roles(found: list[_Process]) -> Servers:
     plain = [process for process in rest if not process.imported]
     parents = {process.parent for process in found}
     guardian = next((process for process in plain if process.pid in parents), plain[0] if plain else None)
-    twin = next(
-        (process for process in plain if process is not guardian and _child(process, guardian)), None
-    )
-    named = (guardian, worker, twin, spare)
-    others = tuple(process.pid for process in found if process not in named)
-    return Servers(*(process.pid if process else None for process in named), others)
+    twin = next((process for process in plain if process is not guardian and _child(process, guardian)), None)
+    named = [process.pid if process else None for process in (guardian, worker, twin, spare)]
+    others = tuple(process.pid for process in found if process.pid not in named)
+    guardian_pid, worker_pid, twin_pid, spare_pid = named
+    return Servers(guardian_pid, worker_pid, twin_pid, spare_pid, others)
 
 
 def _child(process: _Process, guardian: _Process | None) -> bool:
