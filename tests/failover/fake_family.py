@@ -38,7 +38,7 @@ class Family:
         return list(_WORDS.unpack_from(self._memory))
 
     def _put(self, place: int, value: float) -> None:
-        struct.pack_into("=d" if place == 0 else "=q", self._memory, place * 8, value)  # type: ignore[arg-type]
+        struct.pack_into("=d" if place == 0 else "=q", self._memory, place * 8, value)
 
     def guard(self) -> None:
         """Be the guardian until the family is told to end."""

@@ -26,6 +26,7 @@ from tests.failover.rigs import RigError
 from tests.support.qemu import eventually
 
 SPOIL_S = 0.2
+PATIENCE_S = 5.0
 
 
 class FakeRig:
@@ -82,6 +83,7 @@ class FakeRig:
         return found if not code or self._killed else [*found, f"the family ended with {code}"]
 
     def abort(self) -> None:
+        self._killed = True
         for pid in servers.marked(self.mark):
             os.kill(pid, signal.SIGKILL)
 
@@ -105,13 +107,13 @@ def _spoilers(store: Path) -> dict[str, Callable[[], object]]:
         "append": repeat,
         "kept": flip,
         "listing": lambda: next((store / "listing/turn0").glob("entry-01*")).unlink(),
-        "names": lambda: (store / "names/turn0/target").unlink(),
+        "names": (store / "names/turn0/target").unlink,
         "directories": lambda: (store / "directories/turn0/outer").mkdir(exist_ok=True),
         "attributes": lambda: os.chmod(store / "attributes/turn0/file", 0o777),
         "truncate": lambda: os.truncate(store / "truncate/turn0/file", 5),
         "links": lambda: os.link(store / "links/turn0/file", store / "links/turn0/alias"),
         "opens": lambda: (store / "opens/turn0/1.img").write_bytes(bytes(4096)),
-        "unlinks": lambda: (store / "unlinks/turn0/short-lived1").touch(),
+        "unlinks": (store / "unlinks/turn0/short-lived1").touch,
         "fio-direct": lambda: (store / "fio-direct/held/0.img").write_bytes(os.urandom(3 << 20)),
     }
 
@@ -139,7 +141,13 @@ def main() -> int:
     kills.adopt_orphans()
     rig = FakeRig(arguments.base, arguments.backend, arguments.fault)
     plan = kills.Plan(
-        arguments.count, arguments.whom, seconds=2.0, pause_s=0.3, only=tuple(arguments.only.split(","))
+        arguments.count,
+        arguments.whom,
+        seconds=2.0,
+        pause_s=0.3,
+        only=tuple(arguments.only.split(",")),
+        repair_s=PATIENCE_S,
+        settle_s=PATIENCE_S,
     )
     ended = threading.Event()
     action = _spoilers(rig.store).get(arguments.spoil, lambda: None)

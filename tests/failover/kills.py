@@ -44,6 +44,7 @@ POLL_S = 0.01
 LONGEST_MS, MEDIAN_MS = 500.0, 200.0
 """The limits of one request over a kill of the worker."""
 FAULTS_SHOWN = 40
+LAST_WORDS_S = 8.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -59,6 +60,8 @@ class Plan:
     guests: bool = True
     seed: int = 0
     only: tuple[str, ...] = ()
+    repair_s: float = REPAIR_S
+    settle_s: float = rigs.SETTLE_S
 
     def kinds(self) -> dict[str, type[Load]]:
         """The programs of the first mount; `only` names some, and without it all work."""
@@ -117,6 +120,7 @@ class Run:
         self._kills: list[Kill] = []
         self._known: set[int] = set()
         self._since = 0
+        self._aborted: int | None = None
         self._held: list[Path] = []
         self.report = Report(plan=dict(vars(plan)))
 
@@ -134,6 +138,8 @@ class Run:
             self._settle(before)
         except (Broken, RigError) as error:
             fail(str(error))
+            self._stop_in_time()
+            self._aborted = time.monotonic_ns()
             self._rig.abort()
         finally:
             self._end_all()
@@ -220,6 +226,14 @@ class Run:
                     waits = (time.monotonic_ns() - load.row.begun) / 1e9 if load.row.begun else 0.0
                     raise Broken(f"{load.name} does not end; its request waits for {waits:.1f} s") from None
 
+    def _stop_in_time(self) -> None:
+        """Let those that can end tell what they saw; for the others there is `_end_all`."""
+        for board in self._boards.values():
+            board.stop()
+        end = time.monotonic() + LAST_WORDS_S
+        while any(load.process.poll() is None for load in self._loads) and time.monotonic() < end:
+            time.sleep(POLL_S)
+
     def _end_all(self) -> None:
         """End what still runs; the mounts are at their end or were aborted."""
         for load in self._loads:
@@ -269,13 +283,13 @@ class Run:
         return served if before.worker in victims else time.monotonic_ns()
 
     def _wait(self, number: int, condition: Callable[[], bool], complaint: str) -> None:
-        end = time.monotonic() + REPAIR_S
+        end = time.monotonic() + self._plan.repair_s
         while not condition():
             self._bury()
             self._see_alive()
             if time.monotonic() > end:
                 family = servers.find(self._rig.mark)
-                raise Broken(f"kill {number}: {complaint} within {REPAIR_S:.0f} s: {family}")
+                raise Broken(f"kill {number}: {complaint} within {self._plan.repair_s:.0f} s: {family}")
             time.sleep(POLL_S)
 
     def _bury(self) -> None:
@@ -293,10 +307,10 @@ class Run:
     def _settle(self, before: list[str]) -> None:
         """The loads are gone: so must be what the mount had for them."""
         fail = self.report.failures.append
-        for line in rigs.leaked(self._rig.mark, before):
+        for line in rigs.leaked(self._rig.mark, before, self._plan.settle_s):
             fail(f"descriptors: {line}")
         family = servers.find(self._rig.mark)
-        end = time.monotonic() + rigs.SETTLE_S
+        end = time.monotonic() + self._plan.settle_s
         while (dead := servers.dead_children(self._known | set(family.all))) and time.monotonic() < end:
             self._bury()
             time.sleep(POLL_S)
@@ -321,7 +335,8 @@ class Run:
                 continue
             requests += [request for request in record.requests if request.begun >= self._since]
             self.report.facts[load.name] = {"answered": load.row.count, **record.facts}
-            for fault in record.faults[:FAULTS_SHOWN]:
+            known = [fault for fault in record.faults if self._aborted is None or fault.at < self._aborted]
+            for fault in known[:FAULTS_SHOWN]:
                 fail(f"{fault.load}: {self._when(fault.at)}: {fault.what}")
         worst, rest = timeline.sort_out(self._kills, requests)
         self.report.kills = timeline.rows(self._kills, worst)

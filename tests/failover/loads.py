@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import os
 import random
+import signal
 import sys
 import time
 import traceback
@@ -177,9 +178,12 @@ def main() -> int:
     board = Board(arguments.board)
     kind = catalogue.LOADS[arguments.load]
     recorder = Recorder(arguments.load, board.row(arguments.slot), timed=kind.timed)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     load = kind(arguments.directory, arguments.bare, recorder)
     try:
         run(load, board)
+    except SystemExit:
+        raise
     except BaseException as error:
         recorder.fault(f"the load itself failed: {error!r}")
         recorder.row.state = FAILED

@@ -129,6 +129,7 @@ class _Lockfs:
         return found
 
     def kill(self) -> None:
+        self.killed = True
         for pid in servers.marked(self.mark):
             try:
                 os.kill(pid, 9)
@@ -212,9 +213,9 @@ def steady(mark: str) -> list[str]:
         time.sleep(POLL_S)
 
 
-def leaked(mark: str, before: list[str]) -> list[str]:
-    """What the table has more or less than before; it gets SETTLE_S, for RELEASE and FORGET come late."""
-    end = time.monotonic() + SETTLE_S
+def leaked(mark: str, before: list[str], within: float) -> list[str]:
+    """What the table has more or less than before; it gets `within` seconds, for RELEASE and FORGET come late."""
+    end = time.monotonic() + within
     while True:
         family = servers.find(mark)
         table = servers.descriptors(family.guardian) if family.guardian else []

@@ -41,7 +41,7 @@ def test_a_family_that_repairs_itself_is_good(tmp_path: Path, whom: str) -> None
     assert report["stalls"]["longest_ms"] > 0
 
 
-def test_nobody_replaced_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_replaced_is_told(tmp_path: Path) -> None:
     """A worker that nobody replaces ends the run with a failure."""
     report = run(tmp_path, "--fault=abandons", "--count=1")
     assert any("not replaced" in failure for failure in report["failures"])
@@ -76,7 +76,7 @@ def test_each_load_notices(tmp_path: Path, load: str) -> None:
     """What a load did not do itself it complains of."""
     report = run(tmp_path, "--count=0", f"--only={load}", f"--spoil={load}")
     assert report["failures"]
-    assert all(failure.startswith(f"{load}") for failure in report["failures"])
+    assert all(failure.startswith(load) for failure in report["failures"])
 
 
 def test_the_longest_request_over_a_kill() -> None:
