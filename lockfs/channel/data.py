@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Callable
 
+from lockfs.backends.base import Forgetful, Memory
 from lockfs.channel import protocol
 from lockfs.channel.handles import Handle, HandleTable
 from lockfs.channel.protocol import Header, Opcode, ProtocolError
@@ -22,6 +23,7 @@ from lockfs.linux import calls
 
 COPY_BYTES_MAX = 0x7FFFF000  # the kernel's own bound for one transfer
 SMALL_BYTES = 64 << 10  # more than that is worth a second thread, even from memory
+_SHIFTING = 0x08 | 0x20  # FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE
 _SYNCHRONOUS = os.O_DIRECT | os.O_SYNC | os.O_DSYNC
 _CHANGEABLE = os.O_APPEND | os.O_DIRECT | os.O_NONBLOCK | os.O_NOATIME  # fcntl(2), F_SETFL
 
@@ -39,12 +41,15 @@ class Deferred(Exception):
 class DataPath:
     """Serves data requests. Stateless but for the handle table, so any number of threads may use it.
 
+    A request that is sent again after a worker was killed is done again, but for what must not be done twice.
+
     `slow` is called, on the thread of the request, before anything that may wait for a disk or a server.
     """
 
-    def __init__(self, handles: HandleTable, slow: Callable[[], None]) -> None:
+    def __init__(self, handles: HandleTable, slow: Callable[[], None], memory: Memory | None = None) -> None:
         self._handles = handles
         self._slow = slow
+        self._memory = memory or Forgetful()
         self.operations: dict[int, Callable[[Header, memoryview, memoryview], Reply]] = {
             Opcode.READ: self._read,
             Opcode.WRITE: self._write,
@@ -84,6 +89,12 @@ class DataPath:
             _adapt(handle, flags)
         if size > SMALL_BYTES or handle.flags & _SYNCHRONOUS:
             self._slow()
+        if (
+            handle.flags & os.O_APPEND
+            and header.unique & protocol.RESENT
+            and _is_there(handle, room[:size], offset)
+        ):
+            return protocol.reply(header.unique, protocol.WRITE_OUT.pack(size, 0))
         gate = _pass(handle)
         try:
             count = os.pwritev(handle.descriptor, [room[:size]], offset)
@@ -115,10 +126,27 @@ class DataPath:
         self._slow()
         gate = _pass(handle)
         try:
-            calls.fallocate(handle.descriptor, mode, offset, length)
+            if mode & _SHIFTING:
+                self._shift(header, handle.descriptor, (mode, offset, length))
+            else:
+                calls.fallocate(handle.descriptor, mode, offset, length)
         finally:
             gate.leave()
         return protocol.reply(header.unique)
+
+    def _shift(self, header: Header, descriptor: int, what: tuple[int, int, int]) -> None:
+        """Take a range out of the file, or put one in: once, though it is sent again. The size tells."""
+        key = f"shift:{header.unique & ~protocol.RESENT}"
+        said = self._memory.get(key) if header.unique & protocol.RESENT else None
+        size = os.fstat(descriptor).st_size
+        if said is not None and said != size:
+            return
+        self._memory.set(key, size)
+        calls.fallocate(descriptor, *what)
+
+    def answered(self, header: Header) -> None:
+        """The answer is at the kernel: the request will not be sent again."""
+        self._memory.remove(f"shift:{header.unique & ~protocol.RESENT}")
 
     def _lseek(self, header: Header, body: memoryview, room: memoryview) -> Reply:
         number, offset, whence, _ = protocol.parse(protocol.LSEEK_IN, body, 0)
@@ -140,6 +168,15 @@ class DataPath:
         wide = header.opcode == Opcode.COPY_FILE_RANGE_64
         body_out = protocol.LSEEK_OUT.pack(count) if wide else protocol.WRITE_OUT.pack(count, 0)
         return protocol.reply(header.unique, body_out)
+
+
+def _is_there(handle: Handle, data: memoryview, offset: int) -> bool:
+    """Whether the file has these data where an append should have put them: a former worker did it."""
+    try:
+        with open(f"/proc/self/fd/{handle.descriptor}", "rb") as file:
+            return os.pread(file.fileno(), len(data), offset) == data
+    except OSError:
+        return False
 
 
 def _peek(handle: Handle, target: memoryview, offset: int) -> bool:

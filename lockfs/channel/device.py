@@ -6,13 +6,14 @@ each write as one message.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
 import os
 import select
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from lockfs.channel import protocol
 from lockfs.channel.protocol import Flag
@@ -24,6 +25,9 @@ MAX_WRITE = 1 << 20  # bytes of data in one request; fs.fuse.max_pages_limit's d
 PAGE = 4096
 STACK_DEPTH = 1  # backing files lie on plain file systems, and the mount may be under one overlay
 INIT_DEADLINE_S = 20.0
+BACKINGS_BEHIND, BACKINGS_AHEAD = 256, 64
+"""How far from the last one known a backing id may lie that nobody could name any more: each thread that
+registers files may have had one."""
 _WANTED = (
     Flag.ASYNC_READ
     | Flag.ATOMIC_O_TRUNC
@@ -50,8 +54,10 @@ _IDS = struct.Struct("=I")
 class Device:
     """A mounted /dev/fuse descriptor. Implements handles.Kernel."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, registered: Callable[[int], None] = lambda number: None) -> None:
+        """`registered` is told each backing id that the kernel gives."""
         self.descriptor = descriptor
+        self._registered = registered
         self.flags = Flag(0)
         self._passthrough = False
 
@@ -94,7 +100,20 @@ class Device:
     def register_backing(self, descriptor: int) -> int:
         """FUSE_DEV_IOC_BACKING_OPEN; the id is returned only through a mutable buffer."""
         argument = bytearray(protocol.BACKING_MAP.pack(descriptor, 0, 0))
-        return int(fcntl.ioctl(self.descriptor, protocol.IOC_BACKING_OPEN, argument, True))
+        number = int(fcntl.ioctl(self.descriptor, protocol.IOC_BACKING_OPEN, argument, True))
+        self._registered(number)
+        return number
+
+    def unregister_unnamed(self, named: Collection[int], greatest: int) -> None:
+        """Give back backing ids that a killed worker was given and could not name.
+
+        `greatest`: of those it was given, as far as it could say. The kernel gives ids in order, so they lie
+        about there; the earlier ones have all been named or given back.
+        """
+        for number in range(max(1, greatest - BACKINGS_BEHIND), greatest + BACKINGS_AHEAD):
+            if number not in named:
+                with contextlib.suppress(OSError):  # ENOENT: there is none of that number
+                    self.unregister_backing(number)
 
     def unregister_backing(self, backing_id: int) -> None:
         """FUSE_DEV_IOC_BACKING_CLOSE."""
@@ -117,6 +136,31 @@ class Device:
     def send_error(self, unique: int, number: int) -> bool:
         """Write an error reply (`number` 0: plain success); False as for `send`."""
         return self.send([protocol.error_reply(unique, number)])
+
+    @property
+    def state(self) -> dict[str, int]:
+        """What was negotiated, for a later worker's `recall`."""
+        return {"flags": int(self.flags), "passthrough": int(self._passthrough)}
+
+    def recall(self, state: dict[str, int]) -> None:
+        """Go on with what a former worker negotiated."""
+        self.flags = Flag(state["flags"])
+        self._passthrough = bool(state["passthrough"])
+
+    @property
+    def resends(self) -> bool:
+        """Whether the kernel can send again what a worker took and did not answer (Linux 6.9)."""
+        return Flag.HAS_RESEND in self.flags
+
+    def resend(self) -> None:
+        """FUSE_NOTIFY_RESEND: have every request sent again that was read and not answered."""
+        self.send([protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, protocol.NOTIFY_CODE_RESEND, 0)])
+
+    def knows(self, nodeid: int) -> bool:
+        """FUSE_NOTIFY_INVAL_INODE for attributes alone, which waits for nothing; fails if it is unknown."""
+        body = protocol.NOTIFY_INVAL_INODE.pack(nodeid, -1, 0)
+        size = protocol.OUT_HEADER.size + len(body)
+        return self.send([protocol.OUT_HEADER.pack(size, protocol.NOTIFY_CODE_INVAL_INODE, 0), body])
 
     def invalidate(self, nodeid: int) -> None:
         """FUSE_NOTIFY_INVAL_INODE for everything; waits for I/O on the inode's cached pages."""

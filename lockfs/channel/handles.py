@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,18 +50,30 @@ class Handle:
         return self.flags & os.O_ACCMODE != os.O_RDONLY
 
 
-class HandleTable:
-    """Handles by number. Adding, finding and removing are single dictionary operations, hence atomic."""
+TURN_NUMBERS = 1 << 40
 
-    def __init__(self) -> None:
+
+class HandleTable:
+    """Handles by number. Adding, finding and removing are single dictionary operations, hence atomic.
+
+    `changed` is called when a handle that is in the table became dead.
+    """
+
+    def __init__(self, turn: int = 0) -> None:
+        """`turn`: how many workers of the mount there were, each with numbers of its own."""
         self._handles: dict[int, Handle] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(turn * TURN_NUMBERS + 1)
+        self.changed: Callable[[Handle], None] = lambda handle: None
 
     def add(self, handle: Handle) -> int:
         """Number the handle and make it known; returns the number (never 0, never reused)."""
         handle.number = next(self._numbers)
         self._handles[handle.number] = handle
         return handle.number
+
+    def recall(self, handle: Handle) -> None:
+        """Make a handle known that a former worker numbered."""
+        self._handles[handle.number] = handle
 
     def find(self, number: int) -> Handle | None:
         """The handle, or None if there is none (any more)."""
@@ -96,3 +109,6 @@ class Kernel(Protocol):
 
     def invalidate(self, nodeid: int) -> None:
         """Drop the kernel's cached pages and attributes of an inode; may block for as long as its I/O."""
+
+    def knows(self, nodeid: int) -> bool:
+        """Whether the kernel knows an inode of that number; drops its attributes. Instant."""

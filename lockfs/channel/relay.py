@@ -15,6 +15,7 @@ import errno
 import logging
 import mmap
 import os
+import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -23,6 +24,7 @@ from typing import Protocol
 import pyfuse3
 import trio
 
+from lockfs.backends.base import Memory
 from lockfs.channel import protocol, wellformed
 from lockfs.channel.data import DataPath, Deferred
 from lockfs.channel.device import MAX_WRITE, PAGE, Device
@@ -31,6 +33,7 @@ from lockfs.channel.handles import Handle, HandleTable
 from lockfs.channel.library import Library
 from lockfs.channel.protocol import Header, Opcode, ProtocolError
 from lockfs.channel.replies import Replies, attr_out, entry_out, known_entry_out
+from lockfs.channel.requests import PID_OFFSET, Caller, Requests, caller_of
 from lockfs.errors import LockfsError, errno_of
 from lockfs.keeper.gate import GateState
 from lockfs.linux import proc
@@ -51,6 +54,8 @@ _NO_REPLY = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.NOTIFY_REPLY})
 _MAY_WAIT = frozenset(
     {Opcode.OPEN, Opcode.CREATE, Opcode.SETATTR, Opcode.UNLINK, Opcode.RENAME, Opcode.RENAME2}
 )
+_OPENS = (Opcode.OPEN, Opcode.CREATE)
+_PID = struct.Struct("=I")
 
 
 class FileSystem(Protocol):
@@ -67,6 +72,9 @@ class FileSystem(Protocol):
     async def claim(self, handle: Handle) -> None:
         """Get the handle's gate opened; raises the LockfsError its caller is to see."""
 
+    def answered(self, unique: int, number: int) -> None:
+        """The reply to a request is at the kernel; `number`: of the handle that it told of, or 0."""
+
     def attributes(self, number: int) -> tuple[os.stat_result, int] | None:
         """An inode's attributes and the seconds they hold, if they can be had without waiting; any thread."""
 
@@ -78,13 +86,6 @@ class FileSystem(Protocol):
 
     def interrupt(self, tid: int) -> bool:
         """A signal hit thread `tid`; True if that thread was waiting for a lease."""
-
-
-class Caller:
-    """Who sent a request, with the fields of pyfuse3's RequestContext."""
-
-    def __init__(self, header: Header, umask: int) -> None:
-        self.uid, self.gid, self.pid, self.umask = header.uid, header.gid, header.pid, umask
 
 
 class Buffers:
@@ -110,8 +111,15 @@ class Buffers:
 class Relay:
     """Carries requests and replies until the mount is gone, or something failed that must not be hidden."""
 
-    def __init__(
-        self, device: Device, library: Library, handles: HandleTable, files: FileSystem, nursery: trio.Nursery
+    def __init__(  # noqa: PLR0917  (the parts of a channel)
+        self,
+        device: Device,
+        library: Library,
+        handles: HandleTable,
+        files: FileSystem,
+        nursery: trio.Nursery,
+        requests: Requests | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._device = device
         self._library = library
@@ -120,13 +128,12 @@ class Relay:
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
         self._door = Door()
-        self._data = DataPath(handles, self._door.slow)
+        self._data = DataPath(handles, self._door.slow, memory)
         self._lock = threading.Lock()
         self._readers = 0
         self._grown_at = 0.0
         self._idle: list[None] = []  # one entry for each reader that waits for a request
-        self._opening: set[int] = set()
-        self._waiting: dict[int, int] = {}
+        self._requests = requests or Requests()
         self._deferred = 0
         self._failure: BaseException | None = None
         self._replies = Replies(library, self._carry_reply, self._end)
@@ -243,6 +250,8 @@ class Relay:
             self._answer_error(header, errno.EINVAL)
         else:
             self._device.send(parts)
+            if header.opcode == Opcode.FALLOCATE:
+                self._data.answered(header)
 
     def _answer_error(self, header: Header, number: int) -> None:
         if header.opcode not in _NO_REPLY:
@@ -264,11 +273,8 @@ class Relay:
             wellformed.check(header, request)
             if self._answer_at_once(header, request):
                 return
-            with self._lock:
-                if header.opcode in (Opcode.OPEN, Opcode.CREATE):
-                    self._opening.add(header.unique)
-                if header.opcode in _MAY_WAIT:
-                    self._waiting[header.unique & ~protocol.RESENT] = header.pid
+            if header.opcode not in _NO_REPLY:
+                _PID.pack_into(request, PID_OFFSET, self._requests.enter(header).token)
             self._library.ours.send(request)
 
     def _answer_at_once(self, header: Header, request: memoryview) -> bool:
@@ -302,10 +308,9 @@ class Relay:
 
     def _interrupt(self, header: Header, request: memoryview) -> None:
         (unique,) = protocol.parse(protocol.INTERRUPT_IN, request)
-        with self._lock:
-            tid = self._waiting.get(unique & ~protocol.RESENT)
-        if tid:
-            self._start(self._pass_interrupt, header.unique, unique & ~protocol.RESENT, tid)
+        waiting = self._requests.find(unique)
+        if waiting is not None and waiting.pid and waiting.opcode in _MAY_WAIT:
+            self._start(self._pass_interrupt, header.unique, unique, waiting.pid)
 
     async def _pass_interrupt(self, own: int, unique: int, tid: int) -> None:
         """Tell the keeper; if no signal asks for it, or nothing waits yet, let the kernel send it again.
@@ -315,13 +320,13 @@ class Relay:
         if await trio.to_thread.run_sync(proc.interrupted, tid) and self._files.interrupt(tid):
             return
         await trio.sleep(INTERRUPT_RETRY_S)
-        if unique in self._waiting:
+        if self._requests.find(unique) is not None:
             self._device.send_error(own, errno.EAGAIN)
 
     async def _serve_tmpfile(self, header: Header, request: bytes) -> None:
         try:
             flags, mode, umask, _ = protocol.parse(protocol.CREATE_IN, request)
-            caller = Caller(header, umask)
+            caller = caller_of(header, umask)
             entry, info = await self._files.tmpfile(header.nodeid, mode, flags, umask, caller)
         except pyfuse3.FUSEError as error:
             self._device.send_error(header.unique, error.errno)
@@ -333,6 +338,8 @@ class Relay:
         open_out = protocol.OPEN_OUT.pack(info.fh, *(_open_reply(handle) if handle else (0, 0)))
         if not self._device.send(protocol.reply(header.unique, entry_out(entry) + open_out)):
             await self._files.abandon(info.fh)
+        else:
+            self._files.answered(header.unique & ~protocol.RESENT, info.fh)
 
     # Writes that met a closed gate
 
@@ -380,15 +387,14 @@ class Relay:
         """Bring one reply of pyfuse3's to the device."""
         _, error, unique = protocol.OUT_HEADER.unpack_from(reply)
         number = 0
-        with self._lock:
-            opening = unique in self._opening
-            self._opening.discard(unique)
-            self._waiting.pop(unique & ~protocol.RESENT, None)
-        if opening and not error:
+        request = self._requests.leave(unique)
+        if request is not None and request.opcode in _OPENS and not error:
             number = self._complete_open(reply, len(reply))
         wanted = self._device.send([reply])
         if number and not wanted:
             self._start(self._files.abandon, number)
+        elif request is not None:
+            self._files.answered(request.unique, number if wanted else 0)
 
     def _complete_open(self, reply: memoryview, size: int) -> int:
         """Put the handle's FOPEN flags and backing id into an open's reply, its last 16 bytes."""

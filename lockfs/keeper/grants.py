@@ -41,7 +41,7 @@ class Grant:
     the epoch. `covered`: a reader that the host's lease counts. `active`: it may have changed data under
     the lease, that is, its gate opened. `seen`: while active, its guest was seen to hold QEMU's write byte,
     so the byte's absence later says that the guest has stopped. A guest with locking off is never seen.
-    `lost`: of a SUSPENDED grant, the lease it had.
+    `lost`: of a SUSPENDED grant, the lease it had. `number`: under which the next worker knows it.
     """
 
     image: Image
@@ -55,6 +55,7 @@ class Grant:
     active: bool = False
     seen: bool = False
     lost: Lease | None = None
+    number: int = 0
 
     @property
     def writes(self) -> bool:

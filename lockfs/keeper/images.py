@@ -11,7 +11,7 @@ A record's `turn` is the one lock of an image. Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -228,7 +228,9 @@ class Record:
 class Ledger:
     """All records, by inode. A record exists exactly as long as it says something."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[Record], None] = lambda record: None) -> None:
+        """`note` is called whenever an operation on a record has ended."""
+        self._note = note
         self._records: dict[int, Record] = {}
 
     def __len__(self) -> int:
@@ -255,6 +257,7 @@ class Ledger:
             yield record
         finally:
             record.users -= 1
+            self._note(record)
             self.sweep(record)
 
     def sweep(self, record: Record) -> None:

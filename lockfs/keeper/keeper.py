@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from random import Random
 
 import trio
 
-from lockfs.backends.base import Backend, Holder, Image, Lease, Mode, Owner
+from lockfs.backends.base import Backend, Forgetful, Holder, Image, Lease, Memory, Mode, Owner
 from lockfs.errors import ImageBusy
 from lockfs.keeper.fencing import FENCE_THREADS, Fencing
 from lockfs.keeper.gate import Gate, GateState
@@ -22,6 +22,7 @@ from lockfs.keeper.grants import Access, Grant, HeldImage, Kind, managed, reader
 from lockfs.keeper.handover import Claims, Yielding
 from lockfs.keeper.images import Ledger, Record
 from lockfs.keeper.leases import Leases
+from lockfs.keeper.notes import Notes
 from lockfs.keeper.openers import Opener, Role
 from lockfs.keeper.policy import Policy, Readers
 from lockfs.keeper.rivals import Rivals
@@ -42,8 +43,9 @@ OPEN_ASKS_AFTER_S = 0.5
 class Keeper:
     """One keeper for each mount. Everything is called on the trio thread.
 
-    All images of one inode that are open at a time bring the same descriptor. `freed` is called when an
-    image for which `holds` was still true after its last close is free at last. `clock` tells the epoch.
+    All images of one inode that are open at a time bring the same descriptor. `freed` is called when an image
+    for which `holds` was still true after its last close is free at last. `memory` is for the keeper that
+    goes on should this one be killed (`recall`). `clock` tells the epoch.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Keeper:
         surroundings: Surroundings,
         freed: Callable[[Image], None] = lambda image: None,
         workers: Workers | None = None,
+        memory: Memory | None = None,
         clock: Callable[[], float] = time.time,
         random: Random | None = None,
     ) -> None:
@@ -64,9 +67,19 @@ class Keeper:
         self._policy = policy
         self._host = host
         self._clock = clock
-        self._ledger = Ledger()
+        self._notes = Notes(memory or Forgetful())
+        self._ledger = Ledger(self._notes.note)
         self._stirred = trio.Event()
-        self._leases = Leases(backend, surroundings, workers, self._stir, freed, self._lost, self._doubt)
+        self._leases = Leases(
+            backend,
+            surroundings,
+            workers,
+            self._stir,
+            freed,
+            self._lost,
+            self._doubt,
+            lambda record: self._notes.note(record, releasing=True),
+        )
         fencers = workers if given else Threads(FENCE_THREADS)
         self._fencing = Fencing(self._ledger, self._leases, surroundings, fencers, policy)
         self._waiting = Waiting(backend, random or Random())
@@ -104,6 +117,54 @@ class Keeper:
                 await self._leases.retry(record)
             record.wake()
 
+    async def recall(self, opens: Mapping[int, Image]) -> dict[int, Grant]:
+        """Go on with grants that a former worker gave, by their numbers; those it had not noted are missing.
+
+        After the backend's `start`, before `run`; `resume` must follow.
+
+        Raises:
+            BackendError: the storage did not answer.
+        """
+        grants = {number: self._notes.grant_of(number, image) for number, image in opens.items()}
+        known = {number: grant for number, grant in grants.items() if grant is not None}
+        for grant in known.values():
+            with self._ledger.use(grant.image) as record:
+                record.grants[grant] = None
+        async with trio.open_nursery() as nursery:
+            for record in self._ledger.all():
+                nursery.start_soon(self._recall_lease, record)
+        self._notes.forget_unknown(known.values())
+        return known
+
+    async def _recall_lease(self, record: Record) -> None:
+        noted = self._notes.lease_of(record.image.inode)
+        if record.needed() is None or noted is None:
+            return
+        mode, owner, lost, suspending = noted
+        with self._ledger.use(record.image):
+            lease = await self._backend.recall(record.image, mode, owner)
+            if lease is None:
+                record.lost = True
+                return
+            record.take(lease)
+            record.lost = record.lost or lost
+            record.suspending = suspending
+            record.announced = True
+
+    def resume(self) -> None:
+        """The opens of recalled grants are known to the mount: open their gates, fence what was lost."""
+        for record in self._ledger.all():
+            suspending, record.suspending = record.suspending, False
+            if record.needed() is not None and (record.lease is None or record.lost):
+                log.error("image '%s': its lease did not outlive the former worker", record.image.name)
+                if suspending and record.lease is not None:
+                    self._fencing.lost(record)
+                else:
+                    self._fencing.condemn(record)
+            record.refresh_gates()
+            self._notes.note(record)
+        self._stir()
+
     def lease_changed(self, lease: Lease) -> None:
         """The backend's event: the state of a lease of this host changed."""
         record = self._ledger.find(lease.image.inode)
@@ -124,6 +185,7 @@ class Keeper:
             if inode in (None, record.image.inode) and any(grant.writes for grant in live):
                 log.error("image '%s': fenced by hand", record.image.name)
                 ends.append(self._fencing.condemn(record))
+                self._notes.note(record)
                 opens += len(live)
         for end in ends:
             await end.wait()
@@ -136,6 +198,7 @@ class Keeper:
 
     def _lost(self, record: Record) -> None:
         self._fencing.lost(record)
+        self._notes.note(record)
 
     def _doubt(self, record: Record) -> None:
         self._fencing.doubt(record)

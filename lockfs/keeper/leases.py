@@ -29,8 +29,9 @@ class Leases:
     """Moves leases between the records and the backend.
 
     `stir` is called when a record is left with more lease than it needs; `freed` when an image whose lease
-    could not be given back at its last close is free at last. `lost` is called when a lease is lost for
-    good, `doubt` when it cannot be relied on for the moment (see fencing).
+    could not be given back at its last close is free at last. `lost` is called when a lease is lost for good,
+    `doubt` when it cannot be relied on for the moment (see fencing), and `giving_back` before a lease is
+    given back.
     """
 
     def __init__(  # noqa: PLR0917  (what the keeper is made of)
@@ -42,6 +43,7 @@ class Leases:
         freed: Callable[[Image], None],
         lost: Callable[[Record], None],
         doubt: Callable[[Record], None],
+        giving_back: Callable[[Record], None] = lambda record: None,
     ) -> None:
         self._backend = backend
         self._surroundings = surroundings
@@ -50,6 +52,7 @@ class Leases:
         self._freed = freed
         self._lost = lost
         self._doubt = doubt
+        self._giving_back = giving_back
 
     async def secure(self, record: Record, wish: Wish, *, announce: bool = True) -> None:
         """Make sure that the host certainly holds a lease at least as strong as wished, in one attempt.
@@ -145,6 +148,7 @@ class Leases:
         if lease is None:
             return
         record.releasing = True
+        self._giving_back(record)
         try:
             await self._backend.release(lease)
         except BackendError as error:

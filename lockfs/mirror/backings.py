@@ -8,14 +8,16 @@ by the first open, even a read-only one: there is no second chance once it backs
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from lockfs.backends.base import Image
-from lockfs.channel.handles import Handle
+from lockfs.channel.handles import TURN_NUMBERS, Handle
 from lockfs.keeper.openers import Opener, identify
 from lockfs.mirror.credentials import Caller
 from lockfs.mirror.inodes import Inode
@@ -25,6 +27,9 @@ from lockfs.mirror.store import Store, close_all
 _NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY})
 _BASE = os.O_CLOEXEC | os.O_NONBLOCK
 
+BACKING = "backing:"
+"""What the keys of remembered backings begin with; the serial number follows."""
+
 log = logging.getLogger("lockfs.mirror")
 
 
@@ -32,13 +37,15 @@ class Backing:
     """One inode's descriptions. `mutex` covers what worker threads change; the rest is the trio thread's.
 
     `users`: opens and operations that need it. `descriptor`: the registered description, -1 before the first
-    user opened it. `lock_descriptor`: a second one for the lease's locks, where the first could be opened
-    for reading only; -1 otherwise. `passing`: the handles that are open with passthrough. `leftover`: the
-    descriptors of an inode that the kernel forgot meanwhile.
+    user opened it. `lock_descriptor`: a second one for the lease's locks, where the first could be opened for
+    reading only; -1 otherwise. `passing`: the handles that are open with passthrough. `leftover`: the
+    descriptors of an inode that the kernel forgot meanwhile. `serial`: which one it is; `remembered`: what
+    the next worker is told.
     """
 
-    def __init__(self, inode: Inode) -> None:
+    def __init__(self, inode: Inode, serial: int) -> None:
         self.inode = inode
+        self.serial = serial
         self.mutex = threading.Lock()
         self.users = 0
         self.descriptor = -1
@@ -48,6 +55,7 @@ class Backing:
         self.unregistrable = False
         self.passing: list[Handle] = []
         self.leftover: list[int] = []
+        self.remembered: dict[str, object] | None = None
 
     @property
     def locks_apart(self) -> bool:
@@ -65,6 +73,8 @@ class Backings:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._memory = store.memory
+        self._serials = itertools.count(store.turn * TURN_NUMBERS + 1)
         self._told: set[int] = set()
         self._lingering: dict[int, Backing] = {}
         self.count = 0
@@ -79,7 +89,7 @@ class Backings:
 
     def _new(self, inode: Inode) -> Backing:
         self.count += 1
-        return Backing(inode)
+        return Backing(inode, next(self._serials))
 
     def _revive(self, backing: Backing, inode: Inode) -> Backing:
         """Give a lingering backing to an inode that the kernel forgot and learned anew."""
@@ -104,7 +114,34 @@ class Backings:
             if register and not backing.backing_id and not backing.unregistrable:
                 backing.backing_id = self.register(backing.descriptor, caller)
                 backing.unregistrable = not backing.backing_id
+            self.remember(backing)
         return backing.image(self._store.name_of(backing.inode))
+
+    def remember(self, backing: Backing) -> None:
+        """Let the next worker know of it, if it is not known as it is; any thread that may change it."""
+        value: dict[str, object] = {
+            "inode": backing.inode.number,
+            "fd": backing.descriptor,
+            "fds": [backing.lock_descriptor, *backing.leftover],
+            "writable": backing.writable,
+            "id": backing.backing_id,
+            "apart": backing.locks_apart,
+            "unregistrable": backing.unregistrable,
+        }
+        if value != backing.remembered:
+            self._memory.set(f"{BACKING}{backing.serial}", value)
+            backing.remembered = value
+
+    def recall(self, serial: int, inode: Inode, value: dict[str, Any]) -> Backing:
+        """The backing of that number that a former worker had of an inode, without users."""
+        backing = Backing(inode, serial)
+        backing.descriptor, backing.writable = value["fd"], value["writable"]
+        backing.backing_id, backing.unregistrable = value["id"], value["unregistrable"]
+        lock, *backing.leftover = value["fds"]
+        backing.lock_descriptor = lock if value["apart"] else -1
+        backing.remembered = value
+        self.count += 1
+        return backing
 
     def register(self, descriptor: int, caller: Caller) -> int:
         """Make a description known to the kernel, as the caller: that is who a server will see.
@@ -130,6 +167,8 @@ class Backings:
         try:
             self._store.kernel.unregister_backing(backing_id)
         except OSError as error:
+            if error.errno == errno.ENOENT and self._store.turn:
+                return  # a former worker gave it back with its last breath
             log.warning("backing id %d could not be given back: %s", backing_id, error.strerror)
 
     @property
@@ -184,9 +223,14 @@ class Backings:
         return backing
 
     def close(self, backing: Backing) -> None:
-        """Close a detached backing, on a worker thread."""
+        """Close a detached backing, on a worker thread.
+
+        Forgotten before it is closed: a descriptor that is named must be open.
+        """
         if backing.backing_id:
             self.unregister(backing.backing_id)
+        if backing.remembered is not None:
+            self._memory.remove(f"{BACKING}{backing.serial}")
         close_all([fd for fd in (backing.descriptor, backing.lock_descriptor) if fd >= 0] + backing.leftover)
 
     @asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from dataclasses import dataclass, replace
 
 from lockfs.backends.base import Image
@@ -14,6 +15,7 @@ from lockfs.mirror.backings import Backing, Backings
 from lockfs.mirror.credentials import Caller
 from lockfs.mirror.inodes import Found, Inode
 from lockfs.mirror.opens import KEPT, Opens, writes
+from lockfs.mirror.repeats import is_absent, was_made
 from lockfs.mirror.store import Store, close_all
 
 CREATE_ATTEMPTS_MAX = 8
@@ -54,6 +56,14 @@ class Creations:
             OSError: EEXIST with O_EXCL; ESTALE, which makes the kernel look again, if the name turns out to
                 be no regular file.
         """
+        known = self._opens.known(caller)
+        if known is not None:
+            return known.handle, known.inode, await self._store.status(known.inode)
+        said = self._store.repeats.former(caller)
+        place = directory.descriptor, name
+        if said is not None and await self._store.call(was_made, said, *place, stat.S_IFREG, caller.uid):
+            # This very request made it; its maker may open it whatever its mode says.
+            return await self._open_existing(directory, name, flags, caller, strict=False)
         for _ in range(CREATE_ATTEMPTS_MAX):
             try:
                 made = await self._store.call(self._make, directory, name, mode, flags, caller)
@@ -63,21 +73,21 @@ class Creations:
             else:
                 return await self._open_made(made, flags, caller)
             try:
-                return await self._open_existing(directory, name, flags, caller)
+                # The kernel took the file for a new one and has checked no permission on it: strict.
+                return await self._open_existing(directory, name, flags, caller, strict=True)
             except FileNotFoundError:
                 continue
         raise OSError(errno.ESTALE, "the name comes and goes")
 
     async def _open_existing(
-        self, directory: Inode, name: bytes, flags: int, caller: Caller
+        self, directory: Inode, name: bytes, flags: int, caller: Caller, *, strict: bool
     ) -> tuple[Handle, Inode, os.stat_result]:
         found = await self._store.look(directory, name, caller)
         inode = self._store.inodes.adopt(found)
         try:
             if not inode.regular:
                 raise OSError(errno.ESTALE, "the name is no regular file")
-            # The kernel took the file for a new one and has checked no permission on it: strict.
-            handle, status = await self._opens.open(inode, flags, caller, strict=True, entry=True)
+            handle, status = await self._opens.open(inode, flags, caller, strict=strict, entry=True)
         except BaseException:
             await self._store.forget([(inode.number, 1)])
             raise
@@ -85,7 +95,9 @@ class Creations:
 
     def _make(self, directory: Inode, name: bytes, mode: int, flags: int, caller: Caller) -> Made:
         how = flags & KEPT & ~os.O_ACCMODE | os.O_RDWR | os.O_CREAT | os.O_EXCL
-        return self._made((directory.descriptor, name, how, mode & 0o7777), caller, caller.umask)
+        intent = {"absent": is_absent(directory.descriptor, name)}
+        arguments = directory.descriptor, name, how, mode & 0o7777
+        return self._store.repeats.doing(caller, intent, lambda: self._made(arguments, caller, caller.umask))
 
     def _made(self, how: tuple[int, bytes, int, int], caller: Caller, umask: int) -> Made:
         """Make a file as the caller. Its first description may write whatever the file's mode says."""
@@ -113,6 +125,9 @@ class Creations:
         Raises:
             OSError: EOPNOTSUPP if the file system below has no such files.
         """
+        known = self._opens.known(caller)
+        if known is not None:
+            return known.handle, known.inode, await self._store.status(known.inode)
         how = flags & (KEPT | os.O_EXCL) & ~os.O_ACCMODE | os.O_RDWR | os.O_TMPFILE
         arguments = (directory.descriptor, b".", how, mode & 0o7777)
         made = await self._store.call(self._made, arguments, caller, umask)
@@ -140,6 +155,7 @@ class Creations:
         if backing.users == 1 and backing.descriptor < 0:
             backing.descriptor, backing.writable = made.backing_descriptor, True
             backing.backing_id, backing.unregistrable = made.backing_id, not made.backing_id
+            self._backings.remember(backing)
             return backing.image(self._store.name_of(backing.inode))
         return await self._store.surely(self._replace, backing, made, writes(flags), caller)
 

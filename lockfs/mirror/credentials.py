@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 
 class Caller(Protocol):
-    """Who sent a request: file-system ids, the thread's id as we see it (0: unknown), and its umask."""
+    """Who sent a request: file-system ids, the thread's id as we see it (0: unknown), and its umask.
+
+    `unique` is the kernel's number for the request (0: none); `resent`: a former worker may have begun it.
+    """
 
     @property
     def uid(self) -> int: ...
@@ -33,6 +36,10 @@ class Caller(Protocol):
     def pid(self) -> int: ...
     @property
     def umask(self) -> int: ...
+    @property
+    def unique(self) -> int: ...
+    @property
+    def resent(self) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,19 @@ import itertools
 import os
 import stat
 from dataclasses import dataclass
+from typing import Any
 
 import pyfuse3
 
 from lockfs.backends.state import STATE_DIR
+from lockfs.channel.handles import TURN_NUMBERS
 from lockfs.mirror.credentials import Caller
 from lockfs.mirror.entries import bare_entry, entry_of
 from lockfs.mirror.inodes import Found, Inode
 from lockfs.mirror.store import Store
 
+DIRECTORY = "directory:"
+"""What the keys of remembered directories begin with; the handle's number follows."""
 BATCH = 32
 """Names looked up in one trip to a thread; those that do not fit into the reply are looked up again."""
 
@@ -27,14 +31,30 @@ _VANISHED = frozenset({errno.ENOENT, errno.ESTALE})
 _DOTS = (b".", b"..")
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """Who opened a directory."""
+
+    uid: int
+    gid: int
+    pid: int
+    umask: int
+    unique: int = 0
+    resent: bool = False
+
+
 @dataclass(eq=False)
 class _Directory:
-    """An open directory; `names` is its snapshot, dot and dot-dot first."""
+    """An open directory; `names` is its snapshot, dot and dot-dot first, and `snapshot` the file in memory
+    that keeps it for the next worker (-1: none yet). `unique`: the request, until its reply is at the kernel.
+    """
 
     inode: Inode
     descriptor: int
     caller: Caller
     names: list[bytes] | None = None
+    snapshot: int = -1
+    unique: int = 0
 
 
 class Directories:
@@ -43,7 +63,8 @@ class Directories:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._open: dict[int, _Directory] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(store.turn * TURN_NUMBERS + 1)
+        self._untold: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -56,17 +77,58 @@ class Directories:
 
     async def open(self, inode: Inode, caller: Caller) -> int:
         """Open a directory; returns its handle's number."""
+        known = self._untold.get(caller.unique, 0) if caller.resent else 0
+        if known:
+            return known
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         attempt = self._store.credentials.attempt
         descriptor = await self._store.call(attempt, caller, os.open, inode.path, flags)
         number = next(self._numbers)
-        self._open[number] = _Directory(inode, descriptor, caller)
+        self._open[number] = directory = _Directory(inode, descriptor, caller, unique=caller.unique)
+        if caller.unique:
+            self._untold[caller.unique] = number
+        self._remember(number, directory)
         return number
+
+    def _remember(self, number: int, directory: _Directory) -> None:
+        caller = directory.caller
+        value = {
+            "nodeid": directory.inode.number,
+            "fd": directory.descriptor,
+            "fds": [directory.snapshot],
+            "caller": [caller.uid, caller.gid, caller.pid, caller.umask],
+            "unique": directory.unique,
+        }
+        self._store.memory.set(f"{DIRECTORY}{number}", value)
+
+    def answered(self, unique: int) -> None:
+        """The reply to an open is at the kernel."""
+        number = self._untold.pop(unique, 0)
+        directory = self._open.get(number)
+        if directory is not None:
+            directory.unique = 0
+            self._remember(number, directory)
+
+    def recall(self, number: int, value: dict[str, Any], inode: Inode) -> None:
+        """Know a directory that a former worker had open, with what it had told of it."""
+        (snapshot,) = value["fds"]
+        unique = value["unique"]
+        directory = _Directory(inode, value["fd"], _Reader(*value["caller"]), None, snapshot, unique)
+        if snapshot >= 0:
+            size = os.fstat(snapshot).st_size
+            directory.names = os.pread(snapshot, size, 0).split(b"\0")
+        self._open[number] = directory
+        if unique:
+            self._untold[unique] = number
 
     async def release(self, number: int) -> None:
         """Close a directory."""
         directory = self._open.pop(number, None)
         if directory is not None:
+            self._untold.pop(directory.unique, None)
+            self._store.memory.remove(f"{DIRECTORY}{number}")
+            if directory.snapshot >= 0:
+                os.close(directory.snapshot)
             await self._store.surely(os.close, directory.descriptor)
 
     async def sync(self, number: int, data_only: bool) -> None:
@@ -85,11 +147,23 @@ class Directories:
         position = start
         while directory.names is None or position < len(directory.names):
             names, entries = await self._store.call(self._look, directory, position)
+            if directory.names is None:
+                self._keep(number, directory, names)
             directory.names = names
             told = await self._tell(directory, position, entries, token)
             position += told
             if told < len(entries):
                 return
+
+    def _keep(self, number: int, directory: _Directory, names: list[bytes]) -> None:
+        """Keep a new snapshot where the next worker finds it: positions in it are all that the kernel has."""
+        snapshot, last = os.memfd_create("lockfs-names", os.MFD_CLOEXEC), directory.snapshot
+        os.write(snapshot, b"\0".join(names))
+        directory.snapshot = snapshot
+        if number in self._open:
+            self._remember(number, directory)
+            if last >= 0:
+                os.close(last)
 
     async def _tell(
         self,

@@ -64,7 +64,7 @@ class Fences:
                 open_now[handle.nodeid].append(handle)
         names: dict[bytes, Inode] = {}
         for inode in inodes:
-            inode.generation += 1
+            self._inodes.bump(inode)
             names[PREFIX + secrets.token_hex(TOKEN_BYTES).encode()] = inode
         self._pending |= names
 
@@ -72,6 +72,7 @@ class Fences:
             # What was opened meanwhile may be on the new inode: it does not count as dead.
             for handle in open_now[names[name].number]:
                 handle.dead = True
+                self._handles.changed(handle)
             self._pending.pop(name, None)
 
         try:

@@ -12,9 +12,12 @@ import os
 import stat
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import pyfuse3
+
+from lockfs.backends.base import Forgetful, Memory
+from lockfs.journal.inodes import InodeSlot
 
 if TYPE_CHECKING:
     from lockfs.mirror.backings import Backing
@@ -22,7 +25,41 @@ if TYPE_CHECKING:
 SYNTHETIC_FIRST = 1 << 62
 """Node numbers from here up stand for files whose own number is taken or of another device."""
 
+TURN_NUMBERS = 1 << 40
+"""How many of them each worker of a mount has to itself."""
+
 Key = tuple[int, int]
+
+
+class Slots(Protocol):
+    """Where inodes are remembered for the next worker; see journal.inodes.InodeSlots."""
+
+    def add(self, number: int, descriptor: int, kind: int, key: Key, generation: int) -> int: ...
+    def count(self, slot: int, lookups: int) -> None: ...
+    def generation(self, slot: int, generation: int) -> None: ...
+    def remove(self, slot: int) -> None: ...
+    def all(self) -> list[InodeSlot]: ...
+
+
+class NoSlots:
+    """Remembers nothing."""
+
+    def add(self, number: int, descriptor: int, kind: int, key: Key, generation: int) -> int:
+        """See Slots."""
+        return -1
+
+    def count(self, slot: int, lookups: int) -> None:
+        """See Slots."""
+
+    def generation(self, slot: int, generation: int) -> None:
+        """See Slots."""
+
+    def remove(self, slot: int) -> None:
+        """See Slots."""
+
+    def all(self) -> list[InodeSlot]:
+        """See Slots."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -46,7 +83,8 @@ class Inode:
 
     `lookups` is how many times it was told to the kernel and not yet forgotten. `generation` tells apart
     files that had the same number one after another. `backing` is there while the file is open. `retired`
-    are descriptors of earlier generations, closed together with the current one.
+    are descriptors of earlier generations, closed together with the current one. `slot`: where the next
+    worker finds it.
     """
 
     number: int
@@ -58,6 +96,7 @@ class Inode:
     backing: Backing | None = None
     forgotten: bool = False
     retired: list[int] = field(default_factory=list)
+    slot: int = -1
 
     @property
     def path(self) -> str:
@@ -83,15 +122,60 @@ class InodeTable:
     threads that count lookups of inodes that are known.
     """
 
-    def __init__(self, root: int) -> None:
-        """`root` is an O_PATH descriptor of the store's root directory; the table owns it from here on."""
+    def __init__(
+        self, root: int, slots: Slots | None = None, memory: Memory | None = None, turn: int = 0
+    ) -> None:
+        """`root` is an O_PATH descriptor of the store's root directory; the table owns it from here on.
+
+        `slots` and `memory` tell what a former worker knew; `turn`: how many there were.
+        """
         status = os.fstat(root)
         self.device = status.st_dev
-        self.root = Inode(pyfuse3.ROOT_INODE, root, (status.st_dev, status.st_ino), stat.S_IFDIR, lookups=1)
-        self._by_number = {self.root.number: self.root}
-        self._by_key = {self.root.key: self.root}
-        self._synthetic = SYNTHETIC_FIRST
+        self._slots = slots or NoSlots()
+        self._memory = memory or Forgetful()
+        self._by_number: dict[int, Inode] = {}
+        self._by_key: dict[Key, Inode] = {}
+        self._synthetic = SYNTHETIC_FIRST + turn * TURN_NUMBERS
         self._counting = threading.Lock()
+        for slot in self._slots.all():
+            self._recall(slot)
+        found = self._by_number.get(pyfuse3.ROOT_INODE)
+        if found is None:
+            key = (status.st_dev, status.st_ino)
+            found = self._enter(Inode(pyfuse3.ROOT_INODE, root, key, stat.S_IFDIR))
+            self._set_lookups(found, 1)
+        else:
+            os.close(root)
+        self.root = found
+
+    def _recall(self, slot: InodeSlot) -> None:
+        """Know an inode that the kernel had from a former worker."""
+        if slot.number in self._by_number:
+            # Its slot was taken a moment before another one's was freed.
+            self._slots.remove(slot.slot)
+            return
+        inode = Inode(
+            slot.number,
+            slot.descriptor,
+            (slot.device, slot.file),
+            slot.kind,
+            slot.lookups,
+            slot.generation,
+            slot=slot.slot,
+        )
+        known = self._memory.get(_retired_key(slot.number))
+        if isinstance(known, dict):
+            inode.retired = list(known["fds"])
+        self._by_number[inode.number] = self._by_key[inode.key] = inode
+
+    def _enter(self, inode: Inode) -> Inode:
+        inode.slot = self._slots.add(inode.number, inode.descriptor, inode.kind, inode.key, inode.generation)
+        self._by_number[inode.number] = self._by_key[inode.key] = inode
+        return inode
+
+    def _set_lookups(self, inode: Inode, lookups: int) -> None:
+        inode.lookups = lookups
+        self._slots.count(inode.slot, lookups)
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -125,24 +209,36 @@ class InodeTable:
         inode = self._by_key.get(found.key)
         if inode is None:
             number = self._number_for(found.key)
-            inode = Inode(number, found.descriptor, found.key, stat.S_IFMT(found.status.st_mode))
-            self._by_number[number] = self._by_key[found.key] = inode
+            inode = self._enter(Inode(number, found.descriptor, found.key, stat.S_IFMT(found.status.st_mode)))
         elif found.stale or inode.kind != stat.S_IFMT(found.status.st_mode):
-            # Another file with a number used before: the kernel tells them apart by the generation.
-            inode.retired.append(inode.descriptor)
-            inode.descriptor, inode.kind = found.descriptor, stat.S_IFMT(found.status.st_mode)
-            inode.generation += 1
-            inode.backing = None
+            self._succeed(inode, found)
         else:
             os.close(found.descriptor)
         with self._counting:
-            inode.lookups += 1
+            self._set_lookups(inode, inode.lookups + 1)
         return inode
+
+    def _succeed(self, inode: Inode, found: Found) -> None:
+        """Another file with a number used before: the kernel tells them apart by the generation."""
+        inode.retired.append(inode.descriptor)
+        inode.descriptor, inode.kind = found.descriptor, stat.S_IFMT(found.status.st_mode)
+        inode.generation += 1
+        inode.backing = None
+        self._memory.set(_retired_key(inode.number), {"fds": inode.retired})
+        former = inode.slot
+        self._enter(inode)
+        self._slots.count(inode.slot, inode.lookups)
+        self._slots.remove(former)
+
+    def bump(self, inode: Inode) -> None:
+        """Give an inode another generation."""
+        inode.generation += 1
+        self._slots.generation(inode.slot, inode.generation)
 
     def count(self, inode: Inode) -> None:
         """Count one more lookup of an inode that is known."""
         with self._counting:
-            inode.lookups += 1
+            self._set_lookups(inode, inode.lookups + 1)
 
     def count_again(self, status: os.stat_result) -> Inode | None:
         """Count one more lookup of a file that is known as just what `status` says; None if it is not.
@@ -153,7 +249,7 @@ class InodeTable:
             inode = self._by_key.get((status.st_dev, status.st_ino))
             if inode is None or inode.kind != stat.S_IFMT(status.st_mode):
                 return None
-            inode.lookups += 1
+            self._set_lookups(inode, inode.lookups + 1)
         return inode
 
     def _number_for(self, key: Key) -> int:
@@ -174,17 +270,30 @@ class InodeTable:
         if inode is None:
             return []
         with self._counting:
-            inode.lookups -= count
+            self._set_lookups(inode, inode.lookups - count)
             if inode.lookups > 0 or inode is self.root:
                 return []
             del self._by_number[number]
             del self._by_key[inode.key]
         inode.forgotten = True
+        self._slots.remove(inode.slot)
+        if inode.retired:
+            self._memory.remove(_retired_key(number))
         return [] if inode.backing is not None else inode.take_descriptors()
+
+    def all(self) -> list[Inode]:
+        """A copy of all inodes."""
+        return list(self._by_number.values())
 
     def clear(self) -> list[int]:
         """Forget everything, the root too; returns all descriptors to close."""
+        for inode in self._by_number.values():
+            self._slots.remove(inode.slot)
         descriptors = [fd for inode in self._by_number.values() for fd in inode.take_descriptors()]
         self._by_number.clear()
         self._by_key.clear()
         return descriptors
+
+
+def _retired_key(number: int) -> str:
+    return f"retired:{number}"

@@ -19,6 +19,8 @@ import trio
 
 from lockfs.backends.base import Image
 from lockfs.channel.handles import Handle, HandleTable, Kernel
+from lockfs.channel.requests import Caller as Requested
+from lockfs.channel.requests import Context, Requests
 from lockfs.errors import LockfsError, errno_of
 from lockfs.keeper.keeper import Keeper
 from lockfs.keeper.policy import Policy
@@ -33,7 +35,8 @@ from lockfs.mirror.inodes import Inode
 from lockfs.mirror.modes import IoMode
 from lockfs.mirror.names import Names
 from lockfs.mirror.opens import Opens
-from lockfs.mirror.store import Store
+from lockfs.mirror.recalling import Recalling
+from lockfs.mirror.store import Past, Store
 from lockfs.mirror.surroundings import MirrorSurroundings
 from lockfs.mirror.xattrs import Xattrs
 
@@ -88,11 +91,13 @@ class Mirror(pyfuse3.Operations):
         io: IoMode,
         policy: Policy,
         host: str | None = None,
+        past: Past | None = None,
     ) -> None:
         """`store_fd` is the store's root directory (O_PATH suffices) and stays the caller's; `host` is this
-        machine's name as other hosts see it."""
+        machine's name as other hosts see it; `past` is what former workers of the mount left."""
         super().__init__()
-        self._store = Store(store_fd, handles, kernel, io, policy)
+        self.requests = Requests()
+        self._store = Store(store_fd, handles, kernel, io, policy, past)
         self.surroundings = MirrorSurroundings(handles, kernel)
         self._fences = Fences(self._store.inodes, handles)
         self.surroundings.fences = self._fences
@@ -103,6 +108,7 @@ class Mirror(pyfuse3.Operations):
         self._names = Names(self._store, self._backings, self._opens)
         self._attributes = Attributes(self._store, self._backings, self._opens)
         self._directories = Directories(self._store)
+        self.recalling = Recalling(self._store, self._backings, self._opens, self._directories)
         self._xattrs = Xattrs(self._store, self._backings, host or os.uname().nodename)
 
     @property
@@ -127,27 +133,31 @@ class Mirror(pyfuse3.Operations):
         """Say where the mount is found, so that its handles can be revoked."""
         self._fences.mountpoint = mountpoint
 
+    def _caller(self, context: Context) -> Caller:
+        """Who sent the request that pyfuse3 gives this context for."""
+        return context if isinstance(context, Requested) else self.requests.caller(context)
+
     def _inode(self, number: int) -> Inode:
         return self._store.inodes.get(number)
 
     # Inodes
 
     @_answers
-    async def lookup(self, parent_inode: int, name: bytes, ctx: Caller) -> pyfuse3.EntryAttributes:
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Context) -> pyfuse3.EntryAttributes:
         """Find a name; the answer counts as one lookup."""
         parent = self._inode(parent_inode)
         struck = self._fences.target(parent, name)
         if struck is not None:
             self._store.inodes.count(struck)
             return struck_entry(struck)
-        return entry_of(*await self._names.lookup(parent, name, ctx))
+        return entry_of(*await self._names.lookup(parent, name, self._caller(ctx)))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Take lookups back; an inode without any is closed."""
         await self._store.forget(list(inode_list))
 
     @_answers
-    async def getattr(self, inode: int, ctx: Caller) -> pyfuse3.EntryAttributes:
+    async def getattr(self, inode: int, ctx: Context) -> pyfuse3.EntryAttributes:
         """The attributes as they are on the storage."""
         known = self._inode(inode)
         return entry_of(known, await self._store.status(known))
@@ -175,67 +185,69 @@ class Mirror(pyfuse3.Operations):
         attr: pyfuse3.EntryAttributes,
         fields: pyfuse3.SetattrFields,
         fh: int | None,
-        ctx: Caller,
+        ctx: Context,
     ) -> pyfuse3.EntryAttributes:
         """Change size, owner, mode or times."""
         known = self._inode(inode)
-        return entry_of(known, await self._attributes.change(known, attr, fields, fh, ctx))
+        return entry_of(known, await self._attributes.change(known, attr, fields, fh, self._caller(ctx)))
 
     @_answers
-    async def access(self, inode: int, mode: int, ctx: Caller) -> bool:
+    async def access(self, inode: int, mode: int, ctx: Context) -> bool:
         """Whether the caller may; asked only on mounts whose kernel does not check by itself."""
         path = self._inode(inode).path
         check = functools.partial(os.access, path, mode, effective_ids=True)
-        return await self._store.call(self._store.credentials.run, ctx, check)
+        return await self._store.call(self._store.credentials.run, self._caller(ctx), check)
 
     @_answers
-    async def statfs(self, ctx: Caller) -> pyfuse3.StatvfsData:
+    async def statfs(self, ctx: Context) -> pyfuse3.StatvfsData:
         """The figures of the file system below."""
         return volume_of(await self._store.call(os.fstatvfs, self._store.inodes.root.descriptor))
 
     # Names
 
     @_answers
-    async def readlink(self, inode: int, ctx: Caller) -> bytes:
+    async def readlink(self, inode: int, ctx: Context) -> bytes:
         """A symbolic link's target."""
         return await self._names.readlink(self._inode(inode))
 
     @_answers
     async def mknod(
-        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Caller
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Context
     ) -> pyfuse3.EntryAttributes:
         """Make a special file, or an empty regular one."""
-        return entry_of(*await self._names.mknod(self._inode(parent_inode), name, mode, rdev, ctx))
+        parent = self._inode(parent_inode)
+        return entry_of(*await self._names.mknod(parent, name, mode, rdev, self._caller(ctx)))
 
     @_answers
-    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Caller) -> pyfuse3.EntryAttributes:
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Context) -> pyfuse3.EntryAttributes:
         """Make a directory."""
-        return entry_of(*await self._names.mkdir(self._inode(parent_inode), name, mode, ctx))
+        return entry_of(*await self._names.mkdir(self._inode(parent_inode), name, mode, self._caller(ctx)))
 
     @_answers
     async def symlink(
-        self, parent_inode: int, name: bytes, target: bytes, ctx: Caller
+        self, parent_inode: int, name: bytes, target: bytes, ctx: Context
     ) -> pyfuse3.EntryAttributes:
         """Make a symbolic link."""
-        return entry_of(*await self._names.symlink(self._inode(parent_inode), name, target, ctx))
+        parent = self._inode(parent_inode)
+        return entry_of(*await self._names.symlink(parent, name, target, self._caller(ctx)))
 
     @_answers
     async def link(
-        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Caller
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: Context
     ) -> pyfuse3.EntryAttributes:
         """Give a file one more name."""
         known, parent = self._inode(inode), self._inode(new_parent_inode)
-        return entry_of(*await self._names.link(known, parent, new_name, ctx))
+        return entry_of(*await self._names.link(known, parent, new_name, self._caller(ctx)))
 
     @_answers
-    async def unlink(self, parent_inode: int, name: bytes, ctx: Caller) -> None:
+    async def unlink(self, parent_inode: int, name: bytes, ctx: Context) -> None:
         """Remove a name; EBUSY if another host holds the image."""
-        await self._names.unlink(self._inode(parent_inode), name, ctx)
+        await self._names.unlink(self._inode(parent_inode), name, self._caller(ctx))
 
     @_answers
-    async def rmdir(self, parent_inode: int, name: bytes, ctx: Caller) -> None:
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: Context) -> None:
         """Remove an empty directory."""
-        await self._names.rmdir(self._inode(parent_inode), name, ctx)
+        await self._names.rmdir(self._inode(parent_inode), name, self._caller(ctx))
 
     @_answers
     async def rename(  # noqa: PLR0917  (pyfuse3 gives its arguments by position)
@@ -245,37 +257,42 @@ class Mirror(pyfuse3.Operations):
         parent_inode_new: int,
         name_new: bytes,
         flags: int,
-        ctx: Caller,
+        ctx: Context,
     ) -> None:
         """Rename, with RENAME_* flags; EBUSY if another host holds the image that is replaced."""
         old = (self._inode(parent_inode_old), name_old)
         new = (self._inode(parent_inode_new), name_new)
-        await self._names.rename(old, new, flags, ctx)
+        await self._names.rename(old, new, flags, self._caller(ctx))
 
     # Open files
 
     @_answers
-    async def open(self, inode: int, flags: int, ctx: Caller) -> pyfuse3.FileInfo:
+    async def open(self, inode: int, flags: int, ctx: Context) -> pyfuse3.FileInfo:
         """Open a regular file; EBUSY if somebody else writes to it."""
-        handle, _ = await self._opens.open(self._inode(inode), flags, ctx)
+        caller = self._caller(ctx)
+        known = self._opens.known(caller)
+        if known is not None:
+            return _info(known.handle)
+        handle, _ = await self._opens.open(self._inode(inode), flags, caller)
         return _info(handle)
 
     @_answers
     async def create(
-        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Caller
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Context
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         """Make a regular file and open it, or open the one that is there."""
         self._store.check_new(name)
         parent = self._inode(parent_inode)
-        handle, inode, status = await self._creations.create(parent, name, mode, flags, ctx)
+        handle, inode, status = await self._creations.create(parent, name, mode, flags, self._caller(ctx))
         return _info(handle), entry_of(inode, status)
 
     @_answers
     async def tmpfile(
-        self, parent: int, mode: int, flags: int, umask: int, ctx: Caller
+        self, parent: int, mode: int, flags: int, umask: int, ctx: Context
     ) -> tuple[pyfuse3.EntryAttributes, pyfuse3.FileInfo]:
         """Make a regular file without a name and open it (O_TMPFILE)."""
-        handle, inode, status = await self._creations.tmpfile(self._inode(parent), mode, flags, umask, ctx)
+        caller = self._caller(ctx)
+        handle, inode, status = await self._creations.tmpfile(self._inode(parent), mode, flags, umask, caller)
         return entry_of(inode, status), _info(handle)
 
     async def release(self, fh: int) -> None:
@@ -287,6 +304,13 @@ class Mirror(pyfuse3.Operations):
         file = await self._opens.release(number)
         if file is not None and file.entry:
             await self._store.forget([(file.inode.number, 1)])
+
+    def answered(self, unique: int, number: int) -> None:
+        """The reply to a request is at the kernel; `number`: of the handle that it told of, or 0."""
+        if number:
+            self._opens.answered(unique)
+        self._directories.answered(unique)
+        self._store.repeats.answered(unique)
 
     async def claim(self, handle: Handle) -> None:
         """Get the handle's gate opened; raises the LockfsError or OSError its caller is to see."""
@@ -308,9 +332,9 @@ class Mirror(pyfuse3.Operations):
     # Open directories
 
     @_answers
-    async def opendir(self, inode: int, ctx: Caller) -> int:
+    async def opendir(self, inode: int, ctx: Context) -> int:
         """Open a directory."""
-        return await self._directories.open(self._inode(inode), ctx)
+        return await self._directories.open(self._inode(inode), self._caller(ctx))
 
     @_answers
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -329,24 +353,24 @@ class Mirror(pyfuse3.Operations):
     # Extended attributes
 
     @_answers
-    async def getxattr(self, inode: int, name: bytes, ctx: Caller) -> bytes:
+    async def getxattr(self, inode: int, name: bytes, ctx: Context) -> bytes:
         """An extended attribute."""
-        return await self._xattrs.get(self._inode(inode), name, ctx)
+        return await self._xattrs.get(self._inode(inode), name, self._caller(ctx))
 
     @_answers
-    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Caller) -> None:
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Context) -> None:
         """Set an extended attribute."""
-        await self._xattrs.set(self._inode(inode), name, value, ctx)
+        await self._xattrs.set(self._inode(inode), name, value, self._caller(ctx))
 
     @_answers
-    async def listxattr(self, inode: int, ctx: Caller) -> Sequence[bytes]:
+    async def listxattr(self, inode: int, ctx: Context) -> Sequence[bytes]:
         """The names of the extended attributes."""
-        return await self._xattrs.list(self._inode(inode), ctx)
+        return await self._xattrs.list(self._inode(inode), self._caller(ctx))
 
     @_answers
-    async def removexattr(self, inode: int, name: bytes, ctx: Caller) -> None:
+    async def removexattr(self, inode: int, name: bytes, ctx: Context) -> None:
         """Remove an extended attribute."""
-        await self._xattrs.remove(self._inode(inode), name, ctx)
+        await self._xattrs.remove(self._inode(inode), name, self._caller(ctx))
 
     # The end
 

@@ -18,6 +18,7 @@ from lockfs.mirror.backings import Backings
 from lockfs.mirror.credentials import Caller
 from lockfs.mirror.inodes import Found, Inode
 from lockfs.mirror.opens import Opens, telling
+from lockfs.mirror.repeats import Facts, is_absent, named, was_linked, was_made, was_moved, was_removed
 from lockfs.mirror.store import Store
 from lockfs.mirror.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 
@@ -50,7 +51,7 @@ class Names:
         def make() -> None:
             os.mknod(name, mode, device, dir_fd=directory.descriptor)
 
-        return await self._make(directory, name, caller, make)
+        return await self._make(directory, name, stat.S_IFMT(mode) or stat.S_IFREG, caller, make)
 
     async def mkdir(self, directory: Inode, name: bytes, mode: int, caller: Caller) -> Entry:
         """Make a directory."""
@@ -58,7 +59,7 @@ class Names:
         def make() -> None:
             os.mkdir(name, mode & 0o7777, dir_fd=directory.descriptor)
 
-        return await self._make(directory, name, caller, make)
+        return await self._make(directory, name, stat.S_IFDIR, caller, make)
 
     async def symlink(self, directory: Inode, name: bytes, target: bytes, caller: Caller) -> Entry:
         """Make a symbolic link."""
@@ -66,13 +67,21 @@ class Names:
         def make() -> None:
             os.symlink(target, name, dir_fd=directory.descriptor)
 
-        return await self._make(directory, name, caller, make)
+        return await self._make(directory, name, stat.S_IFLNK, caller, make)
 
-    async def _make(self, directory: Inode, name: bytes, caller: Caller, make: Callable[[], None]) -> Entry:
+    async def _make(
+        self, directory: Inode, name: bytes, kind: int, caller: Caller, make: Callable[[], None]
+    ) -> Entry:
         self._store.check_new(name)
 
+        said = self._store.repeats.former(caller)
+
         def work() -> Found:
-            self._store.credentials.create(caller, caller.umask, make)
+            place = directory.descriptor, name
+            if not (said is not None and was_made(said, *place, kind, caller.uid)):
+                create = self._store.credentials.create
+                intent = {"absent": is_absent(*place)}
+                self._store.repeats.doing(caller, intent, lambda: create(caller, caller.umask, make))
             return self._store.find_for(caller, directory, name)
 
         found = await self._store.call(work)
@@ -84,9 +93,14 @@ class Names:
         source = os.fsencode(inode.path)
         target = directory.descriptor
 
+        said = self._store.repeats.former(caller)
+
+        def link() -> None:
+            calls.linkat(calls.AT_FDCWD, source, target, name, calls.AT_SYMLINK_FOLLOW)
+
         def work() -> Found:
-            attempt = self._store.credentials.attempt
-            attempt(caller, calls.linkat, calls.AT_FDCWD, source, target, name, calls.AT_SYMLINK_FOLLOW)
+            if not (said is not None and was_linked(said, target, name)):
+                self._once(caller, {"file": inode.key}, link)
             return self._store.find_for(caller, directory, name)
 
         found = await self._store.call(work)
@@ -109,8 +123,16 @@ class Names:
         def work() -> None:
             os.unlink(name, dir_fd=directory.descriptor)
 
+        said = self._store.repeats.former(caller)
+        if said is not None and await self._store.call(was_removed, said, directory.descriptor, name):
+            return
         async with self._known(directory, name, caller) as inode, self._removing(inode, caller):
-            await self._store.call(self._store.credentials.attempt, caller, work)
+            await self._store.call(self._once, caller, {"file": inode.key}, work)
+
+    def _once(self, caller: Caller, intent: Facts, work: Callable[[], None]) -> None:
+        """Do it as the caller, and so that it is known to be done if the request is sent again."""
+        attempt = self._store.credentials.attempt
+        self._store.repeats.doing(caller, intent, lambda: attempt(caller, work))
 
     async def rmdir(self, directory: Inode, name: bytes, caller: Caller) -> None:
         """Remove an empty directory."""
@@ -119,9 +141,15 @@ class Names:
         def work() -> None:
             os.rmdir(name, dir_fd=directory.descriptor)
 
+        def once() -> None:
+            self._once(caller, {"file": named(directory.descriptor, name).key or (0, 0)}, work)
+
+        said = self._store.repeats.former(caller)
+        if said is not None and await self._store.call(was_removed, said, directory.descriptor, name):
+            return
         for attempts_left in reversed(range(RMDIR_ATTEMPTS_MAX)):
             try:
-                await self._store.call(self._store.credentials.attempt, caller, work)
+                await self._store.call(once)
             except OSError as error:
                 # An NFS client keeps files that were unlinked while still known here, under a hidden name,
                 # until the kernel's message that it forgot them arrives.
@@ -151,8 +179,16 @@ class Names:
         def work() -> None:
             calls.renameat2(old[0].descriptor, old[1], new[0].descriptor, new[1], flags)
 
+        places = (old[0].descriptor, old[1]), (new[0].descriptor, new[1])
+
+        def once() -> None:
+            self._once(caller, {"file": named(*places[0]).key or (0, 0)}, work)
+
+        said = self._store.repeats.former(caller)
+        if said is not None and await self._store.call(was_moved, said, *places):
+            return
         async with self._replaced(old, new, flags, caller) as inode, self._removing(inode, caller):
-            await self._store.call(self._store.credentials.attempt, caller, work)
+            await self._store.call(once)
 
     @asynccontextmanager
     async def _replaced(

@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
 from lockfs.backends.base import Image
-from lockfs.channel.handles import FOPEN_PASSTHROUGH, Handle
+from lockfs.channel.handles import FOPEN_PASSTHROUGH, TURN_NUMBERS, Handle
 from lockfs.errors import BackendError, ImageBusy, LeaseUnavailable
 from lockfs.keeper.gate import GateState
 from lockfs.keeper.grants import Access, Grant
@@ -40,6 +41,9 @@ KEPT = (
 )  # fmt: skip
 """Of an open's flags, those that its own descriptor is opened with."""
 
+HANDLE = "handle:"
+"""What the keys of remembered opens begin with; the handle's number follows."""
+
 log = logging.getLogger("lockfs.mirror")
 
 
@@ -50,13 +54,16 @@ def writes(flags: int) -> bool:
 
 @dataclass(eq=False)
 class OpenFile:
-    """An open that was granted. `entry`: its reply told the kernel of the inode as well (create)."""
+    """An open that was granted. `entry`: its reply told the kernel of the inode as well (create). `unique`:
+    the request, until its reply is at the kernel.
+    """
 
     handle: Handle
     inode: Inode
     backing: Backing
     grant: Grant
     entry: bool
+    unique: int = 0
 
 
 @dataclass
@@ -78,6 +85,8 @@ class Opens:
         self._surroundings = surroundings
         self._files: dict[int, OpenFile] = {}
         self._waiting: Counter[int] = Counter()
+        self._untold: dict[int, int] = {}
+        store.handles.changed = self._changed
 
     def __len__(self) -> int:
         return len(self._files)
@@ -91,6 +100,11 @@ class Opens:
         return tid in self._waiting
 
     # Opening
+
+    def known(self, caller: Caller) -> OpenFile | None:
+        """The open that a former worker granted to this very request, of which nobody could be told."""
+        number = self._untold.get(caller.unique, 0) if caller.resent else 0
+        return self._files.get(number)
 
     async def open(
         self, inode: Inode, flags: int, caller: Caller, *, strict: bool = False, entry: bool = False
@@ -151,9 +165,11 @@ class Opens:
                     await self._store.call(self._open_own, start, flags, caller, strict)
         if start.descriptor < 0:
             await self._store.call(self._open_own, start, flags, caller, strict)
-        return self._enter(start, flags, start.grant, entry)
+        return self._enter(start, flags, start.grant, entry, caller.unique)
 
-    def _enter(self, start: Start, flags: int, grant: Grant, entry: bool) -> tuple[Handle, os.stat_result]:
+    def _enter(
+        self, start: Start, flags: int, grant: Grant, entry: bool, unique: int
+    ) -> tuple[Handle, os.stat_result]:
         """Decide how the data is served and make the handle known. Nothing can fail from here on."""
         backing = start.backing
         mode = choose(
@@ -170,12 +186,67 @@ class Opens:
         gate = grant.gate if grant.writes else None
         handle = Handle(backing.inode.number, start.descriptor, flags, mode, backing_id, gate)
         self._store.handles.add(handle)
-        self._files[handle.number] = OpenFile(handle, backing.inode, backing, grant, entry)
+        self._add(OpenFile(handle, backing.inode, backing, grant, entry, unique))
+        if unique:
+            self._untold[unique] = handle.number
+        self._remember(self._files[handle.number])
+        return handle, start.status or os.fstat(start.descriptor)
+
+    def _add(self, file: OpenFile) -> None:
+        handle = file.handle
+        self._files[handle.number] = file
         if handle.open_flags & FOPEN_PASSTHROUGH:
-            backing.passing.append(handle)
+            file.backing.passing.append(handle)
         if not is_passed(handle.open_flags):
             self._surroundings.unpassed += 1
-        return handle, start.status or os.fstat(start.descriptor)
+
+    # For the next worker
+
+    def _remember(self, file: OpenFile) -> None:
+        """Let the next worker know of the open as it is now."""
+        handle = file.handle
+        value = {
+            "nodeid": handle.nodeid,
+            "fd": handle.descriptor,
+            "flags": handle.flags,
+            "open": handle.open_flags,
+            "id": handle.backing_id,
+            "dead": handle.dead,
+            "backing": file.backing.serial,
+            "grant": file.grant.number,
+            "entry": file.entry,
+            "unique": file.unique,
+        }
+        self._store.memory.set(f"{HANDLE}{handle.number}", value)
+
+    def _changed(self, handle: Handle) -> None:
+        file = self._files.get(handle.number)
+        if file is not None:
+            self._remember(file)
+
+    def answered(self, unique: int) -> None:
+        """The reply to an open is at the kernel."""
+        file = self._files.get(self._untold.pop(unique, 0))
+        if file is not None:
+            file.unique = 0
+            self._remember(file)
+
+    def recall(self, number: int, value: dict[str, Any], backing: Backing, grant: Grant) -> None:
+        """Know an open that a former worker granted."""
+        gate = grant.gate if grant.writes else None
+        handle = Handle(
+            value["nodeid"], value["fd"], value["flags"], value["open"], value["id"], gate, number
+        )
+        handle.dead = value["dead"]
+        self._store.handles.recall(handle)
+        backing.users += 1
+        self._add(OpenFile(handle, backing.inode, backing, grant, value["entry"], value["unique"]))
+        if value["unique"]:
+            self._untold[value["unique"]] = number
+
+    def untold(self) -> list[OpenFile]:
+        """The opens whose reply has not reached the kernel, as far as is known."""
+        return [self._files[number] for number in self._untold.values() if number in self._files]
 
     @asynccontextmanager
     async def starting(self, inode: Inode) -> AsyncIterator[Start]:
@@ -231,14 +302,18 @@ class Opens:
         """End an open: the data first, then the lease, then the descriptors. Raises nothing expected."""
         file = self._files.pop(number, None)
         if file is None:
-            log.error("handle %d was released, but is not open", number)
+            # A former worker may have ended it before it could say so.
+            level = logging.DEBUG if number < self._store.turn * TURN_NUMBERS else logging.ERROR
+            log.log(level, "handle %d was released, but is not open", number)
             return None
+        self._untold.pop(file.unique, None)
         try:
             if file.grant.writes and not self._store.local:
                 await self._store.surely(self._settle, file)
             await self._store.keeper.close(file.grant)
         finally:
             self._store.handles.remove(number)
+            self._store.memory.remove(f"{HANDLE}{number}")
             if file.handle.open_flags & FOPEN_PASSTHROUGH:
                 file.backing.passing.remove(file.handle)
             if not is_passed(file.handle.open_flags):

@@ -6,24 +6,36 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import trio
 
+from lockfs.backends.base import Forgetful, Memory
 from lockfs.backends.state import STATE_DIR
 from lockfs.channel.handles import HandleTable, Kernel
 from lockfs.keeper.keeper import Keeper
 from lockfs.keeper.policy import Policy
 from lockfs.linux import calls
 from lockfs.mirror.credentials import Caller, Credentials
-from lockfs.mirror.inodes import Found, Inode, InodeTable
+from lockfs.mirror.inodes import Found, Inode, InodeTable, Slots
 from lockfs.mirror.modes import IoMode
+from lockfs.mirror.repeats import Repeats
 
 WORKERS_MAX = 64
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _DELETED = b" (deleted)"
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Past:
+    """What former workers of the mount left: values, inodes, and how many workers there were."""
+
+    memory: Memory = field(default_factory=Forgetful)
+    slots: Slots | None = None
+    turn: int = 0
 
 
 class Store:
@@ -34,19 +46,29 @@ class Store:
     thirty times as much.
     """
 
-    def __init__(
-        self, store_fd: int, handles: HandleTable, kernel: Kernel, io: IoMode, policy: Policy
+    def __init__(  # noqa: PLR0917  (what a mount is made of)
+        self,
+        store_fd: int,
+        handles: HandleTable,
+        kernel: Kernel,
+        io: IoMode,
+        policy: Policy,
+        past: Past | None = None,
     ) -> None:
         """`store_fd` stays the caller's."""
+        past = past or Past()
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         root = calls.openat2(store_fd, b".", flags, 0, calls.RESOLVE_NO_XDEV)
-        self.inodes = InodeTable(root)
+        self.memory = past.memory
+        self.turn = past.turn
+        self.repeats = Repeats(past.memory)
+        self.inodes = InodeTable(root, past.slots, past.memory, past.turn)
         self.handles = handles
         self.kernel = kernel
         self.io = io
         self.policy = policy
         self.credentials = Credentials()
-        self.local = calls.in_memory(root)
+        self.local = calls.in_memory(self.inodes.root.descriptor)
         self._looks_in_cache = self.local
         self._limiter = trio.CapacityLimiter(WORKERS_MAX)
         self._keeper: Keeper | None = None

@@ -97,7 +97,19 @@ class Xattrs:
         """
         if self._owns(inode, name):
             raise OSError(errno.EPERM, "lockfs' own attributes are read-only")
-        await self._run(name, caller, os.removexattr, inode.path, name)
+        said = self._store.repeats.former(caller)
+
+        def remove(path: str, attribute: bytes) -> None:
+            try:
+                os.removexattr(path, attribute)
+            except OSError as error:
+                if not (said and error.errno == errno.ENODATA):
+                    raise
+
+        def once(path: str, attribute: bytes) -> None:
+            self._store.repeats.doing(caller, {"done": False}, lambda: remove(path, attribute))
+
+        await self._run(name, caller, once, inode.path, name)
 
     async def list(self, inode: Inode, caller: Caller) -> list[bytes]:
         """The names of all attributes but lockfs' own."""

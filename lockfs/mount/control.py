@@ -17,6 +17,7 @@ import socket
 import stat
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,16 @@ async def serve_control(
     handler: Handler,
     *,
     folder: Path | None = None,
+    former: Path | None = None,
+    listens: Callable[[Path], None] = lambda path: None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer requests about a mount on its socket in `folder` until cancelled, then remove the socket.
 
     `handler` is given the request and returns the answer; a LockfsError it raises is sent to the client.
-    Any other exception of it is a defect: logged, and told to the client, and the mount serves on, for a
-    report must not take guests down. At most CONNECTIONS_MAX are served at once, each for at most
+    `former` is the socket of a worker that was killed, which goes; `listens` is told the one that takes its
+    place. Any other exception of it is a defect: logged, and told to the client, and the mount serves on, for
+    a report must not take guests down. At most CONNECTIONS_MAX are served at once, each for at most
     EXCHANGE_DEADLINE_S.
 
     Raises:
@@ -134,6 +138,9 @@ async def serve_control(
     path = (folder or directory()) / socket_name(mountpoint, os.getpid())
     listener = trio.socket.from_stdlib_socket(await trio.to_thread.run_sync(_listening, path))
     places = trio.Semaphore(CONNECTIONS_MAX)
+    listens(path)
+    if former is not None and former != path:
+        await trio.to_thread.run_sync(partial(former.unlink, missing_ok=True))
     try:
         async with trio.open_nursery() as nursery:
             task_status.started()

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -16,6 +16,7 @@ from lockfs.backends.base import Backend, Holder, Image
 from lockfs.channel.device import Device
 from lockfs.channel.handles import HandleTable
 from lockfs.errors import BackendError, ImageBusy, LockfsError, UsageError
+from lockfs.journal.memory import SharedMemory
 from lockfs.keeper.grants import HeldImage
 from lockfs.keeper.keeper import Keeper
 from lockfs.keeper.openers import Opener, Role
@@ -24,6 +25,14 @@ from lockfs.mount.options import MountOptions
 from lockfs.mount.walk import inodes_below
 
 Answer = dict[str, Any]
+
+
+class Upgradable(Protocol):
+    """What can be replaced by a newer version of the program."""
+
+    def upgrade(self) -> None: ...
+
+
 log = logging.getLogger("lockfs.mount")
 REMOTE_MAX = 4096  # images of other hosts in one report
 FENCE_S = 8.0
@@ -45,6 +54,8 @@ class Report:
         handles: HandleTable,
         device: Device,
         source_fd: int,
+        memory: SharedMemory | None = None,
+        turn: Upgradable | None = None,
     ) -> None:
         self._options = options
         self._backend = backend
@@ -53,6 +64,8 @@ class Report:
         self._device = device
         self._source_fd = source_fd
         self._since = time.time()
+        self._memory = memory
+        self._turn = turn
 
     async def answer(self, question: Answer) -> Answer:
         """The answer to one request of the control socket.
@@ -61,8 +74,9 @@ class Report:
             UsageError: a question that is not known.
         """
         operation = question.get("op")
-        if operation == "status":
-            return self._status()
+        instant = {"status": self._status, "upgrade": self._upgrade}
+        if operation in instant:
+            return instant[operation]()
         if operation == "who":
             path = question.get("path")
             if path is not None and not isinstance(path, str):
@@ -91,7 +105,28 @@ class Report:
             "since": self._since,
             "images": len(self._keeper.images()),
             "handles": len(self._handles),
+            "family": self._family(),
         }
+
+    def _family(self) -> Answer | None:
+        """The processes that keep the mount served; None if it ends with this one."""
+        if self._memory is None or self._turn is None:
+            return None
+        header = self._memory.header
+        return {
+            "guardian": header.guardian_pid,
+            "twin": header.twin_pid,
+            "worker": header.worker_pid,
+            "spare": header.spare_pid,
+            "workers": header.turns,
+        }
+
+    def _upgrade(self) -> Answer:
+        """Have the next worker, of the program as it is installed, take over."""
+        if self._turn is None:
+            raise UsageError("this mount ends with its process: unmount it and mount it anew")
+        self._turn.upgrade()
+        return {"workers": self._memory.header.turns if self._memory is not None else 0}
 
     async def _hosts(self) -> Answer:
         return {"hosts": [asdict(peer) for peer in await self._backend.peers()]}

@@ -6,11 +6,13 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
 
 import pyfuse3
 import trio
 
-from lockfs.backends.base import Backend
+from lockfs.backends.base import Backend, Forgetful, Memory
 from lockfs.backends.fcntl import FcntlBackend
 from lockfs.backends.nop import NopBackend
 from lockfs.backends.paxos.backend import PaxosBackend
@@ -19,9 +21,11 @@ from lockfs.channel.handles import HandleTable
 from lockfs.channel.library import Library
 from lockfs.channel.relay import Relay
 from lockfs.errors import SetupError
+from lockfs.journal.memory import SharedMemory
 from lockfs.keeper.keeper import Keeper
 from lockfs.mirror.mirror import Mirror
 from lockfs.mirror.modes import IoMode, is_passed
+from lockfs.mirror.store import Past
 from lockfs.mount.control import serve_control
 from lockfs.mount.options import MountOptions
 from lockfs.mount.report import Report
@@ -31,20 +35,43 @@ log = logging.getLogger("lockfs.mount")
 
 REQUESTS_MAX = 1024  # requests on names and opens under way at once; opens that wait for a lease count
 STOP_DEADLINE_S = 30.0
+HEARTBEAT_S = 0.5
+"""How often the guardian is shown that the event loop turns."""
+_DEVICE, _MOUNT_DEVICE, _CONTROL = "mount:negotiated", "mount:device", "mount:control"
 
 
-def serve(options: MountOptions, source_fd: int, device_fd: int, ready: Callable[[], None]) -> None:
+class Turn(Protocol):
+    """One worker's turn at serving the mount; see guardian.turn."""
+
+    number: int
+    first: bool
+    fenced: bool
+    died: str
+
+    @property
+    def family(self) -> int: ...
+    def beat(self) -> None: ...
+    def look_around(self) -> None: ...
+    def upgrade(self) -> None: ...
+
+
+def serve(  # noqa: PLR0917  (what a worker is given)
+    options: MountOptions,
+    source_fd: int,
+    device_fd: int,
+    ready: Callable[[], None],
+    turn: Turn | None = None,
+    memory: SharedMemory | None = None,
+) -> None:
     """Serve the mount on `device_fd` until it is gone. `ready` is called once requests are answered.
+
+    `memory` has what former workers of the mount left, and gets what the next one needs. Without it and a
+    `turn` the mount ends with this process.
 
     Raises:
         SetupError: the kernel, the privileges or the storage cannot carry what `options` ask for.
     """
-    device = Device(device_fd)
-    probe = os.memfd_create("lockfs-probe", os.MFD_CLOEXEC)
-    try:
-        device.negotiate(options.io is not IoMode.DAEMON, probe)
-    finally:
-        os.close(probe)
+    device = _device(options, device_fd, memory)
     if options.backend == "paxos" and options.io is IoMode.AUTO:
         # Passthrough has to be revoked when a lease is lost, by a lockfs that lives; what is guarded stops.
         options = replace(options, io=IoMode.GUARDED if device.passthrough else IoMode.DAEMON)
@@ -52,7 +79,33 @@ def serve(options: MountOptions, source_fd: int, device_fd: int, ready: Callable
         raise SetupError(
             f"io={options.io.value} needs Linux 6.9 or later and CAP_SYS_ADMIN; use io=auto or io=daemon."
         )
-    trio.run(_Service(options, source_fd, device, ready).run, strict_exception_groups=True)
+    service = _Service(options, source_fd, device, ready, turn, memory)
+    trio.run(service.run, strict_exception_groups=True)
+
+
+def _device(options: MountOptions, device_fd: int, memory: SharedMemory | None) -> Device:
+    """The device, negotiated by this worker or by a former one."""
+    if memory is None:
+        device = Device(device_fd)
+    else:
+        header = memory.header
+
+        def registered(number: int) -> None:
+            header.backing_max = max(number, header.backing_max)
+
+        device = Device(device_fd, registered)
+        state = memory.facts.get(_DEVICE)
+        if isinstance(state, dict):
+            device.recall(state)
+            return device
+    probe = os.memfd_create("lockfs-probe", os.MFD_CLOEXEC)
+    try:
+        device.negotiate(options.io is not IoMode.DAEMON, probe)
+    finally:
+        os.close(probe)
+    if memory is not None:
+        memory.facts.set(_DEVICE, device.state)
+    return device
 
 
 def make_backend(options: MountOptions, source_fd: int) -> Backend:
@@ -67,13 +120,24 @@ def make_backend(options: MountOptions, source_fd: int) -> Backend:
 class _Service:
     """One mount's parts and their order of starting and stopping."""
 
-    def __init__(
-        self, options: MountOptions, source_fd: int, device: Device, ready: Callable[[], None]
+    def __init__(  # noqa: PLR0917  (what a worker is given)
+        self,
+        options: MountOptions,
+        source_fd: int,
+        device: Device,
+        ready: Callable[[], None],
+        turn: Turn | None,
+        memory: SharedMemory | None,
     ) -> None:
         self._options = options
         self._device = device
         self._ready = ready
-        self._handles = HandleTable()
+        self._turn = turn
+        self._memory = memory
+        self._facts: Memory = memory.facts if memory is not None else Forgetful()
+        number = turn.number if turn is not None else 0
+        past = Past(self._facts, memory.inodes if memory is not None else None, number)
+        self._handles = HandleTable(number)
         self._watchdog: Watchdog | None = None
         self._orderly = False
         self._backend = make_backend(options, source_fd)
@@ -81,7 +145,7 @@ class _Service:
         yielding = options.policy.yielding and options.io is not IoMode.PASSTHROUGH
         policy = replace(options.policy, yielding=yielding)
         self._mirror = Mirror(
-            source_fd, self._handles, device, io=options.io, policy=policy, host=options.host
+            source_fd, self._handles, device, io=options.io, policy=policy, host=options.host, past=past
         )
         self._keeper = Keeper(
             self._backend,
@@ -89,15 +153,47 @@ class _Service:
             options.host,
             surroundings=self._mirror.surroundings,
             freed=self._mirror.freed,
+            memory=self._facts,
         )
         self._mirror.keeper = self._keeper
-        self._report = Report(options, self._backend, self._keeper, self._handles, device, source_fd)
+        self._report = Report(
+            options, self._backend, self._keeper, self._handles, device, source_fd, memory, turn
+        )
+
+    @property
+    def _succeeds(self) -> bool:
+        """Whether there was a worker before this one."""
+        return self._turn is not None and not self._turn.first
 
     async def run(self) -> None:
         """Start from the storage upwards, serve, and stop in the opposite order."""
-        await self._backend.start(self._keeper.lease_changed)
-        library = Library()
-        library.attach(self._mirror)
+        async with trio.open_nursery() as pulse:
+            if self._turn is not None:
+                pulse.start_soon(self._beat, self._turn)
+            await self._backend.start(self._keeper.lease_changed, self._facts)
+            library = Library()
+            library.attach(self._mirror)
+            if self._succeeds:
+                await self._recall()
+            await self._serve(library)
+            pulse.cancel_scope.cancel()
+
+    async def _beat(self, turn: Turn) -> None:
+        while True:
+            turn.beat()
+            turn.look_around()
+            await trio.sleep(HEARTBEAT_S)
+
+    async def _recall(self) -> None:
+        """Know again what a former worker had open, and the leases for it."""
+        recalling = self._mirror.recalling
+        images = recalling.images()
+        if self._memory is not None:
+            named = {backing.backing_id for backing in recalling.backings()}
+            self._device.unregister_unnamed(named, self._memory.header.backing_max)
+        await recalling.opens(await self._keeper.recall(images))
+
+    async def _serve(self, library: Library) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pyfuse3.main, 1, REQUESTS_MAX)
@@ -106,10 +202,24 @@ class _Service:
                 await nursery.start(self._backend.run)
                 await nursery.start(self._keeper.run)
                 await self._start_watchdog(nursery)
-                relay = Relay(self._device, library, self._handles, self._mirror, nursery)
+                relay = Relay(
+                    self._device,
+                    library,
+                    self._handles,
+                    self._mirror,
+                    nursery,
+                    self._mirror.requests,
+                    self._facts,
+                )
+                if self._succeeds:
+                    self._resume(nursery)
                 relay.start()
-                await self._learn_device()
-                await nursery.start(serve_control, self._options.mountpoint, self._report.answer)
+                if self._succeeds:
+                    self._device.resend()
+                    nursery.start_soon(self._mirror.recalling.settle)
+                else:
+                    await self._learn_device()
+                nursery.start_soon(self._control)
                 self._ready()
                 log.info("%s serves %s", self._options.mountpoint, self._options.source)
                 await relay.wait()
@@ -122,6 +232,25 @@ class _Service:
             library.close()
             self._mirror.close()
             log.info("%s ended", self._options.mountpoint)
+
+    def _resume(self, nursery: trio.Nursery) -> None:
+        """Let what a former worker had open go on."""
+        self._mirror.device = int(str(self._facts.get(_MOUNT_DEVICE) or 0))
+        self._mirror.mounted_at(self._options.mountpoint)
+        self._keeper.resume()
+        if self._turn is not None and self._turn.fenced:
+            log.critical("workers keep dying: everything that is open for writing is fenced")
+            nursery.start_soon(self._keeper.fence, None)
+        nursery.start_soon(self._backend.settle)
+
+    async def _control(self) -> None:
+        former = self._facts.get(_CONTROL)
+        await serve_control(
+            self._options.mountpoint,
+            self._report.answer,
+            former=Path(str(former)) if former else None,
+            listens=lambda path: self._facts.set(_CONTROL, str(path)),
+        )
 
     async def _start_watchdog(self, nursery: trio.Nursery) -> None:
         """Arm the watchdog that was asked for: it fires before another host may take what this one holds."""
@@ -156,5 +285,6 @@ class _Service:
         """
         status = await trio.to_thread.run_sync(os.stat, self._options.mountpoint)
         await trio.to_thread.run_sync(os.statvfs, self._options.mountpoint)
+        self._facts.set(_MOUNT_DEVICE, status.st_dev)
         self._mirror.device = status.st_dev
         self._mirror.mounted_at(self._options.mountpoint)

@@ -62,6 +62,9 @@ class FakeFiles:
         """Record."""
         self.abandoned.append(number)
 
+    def answered(self, unique: int, number: int) -> None:
+        pass
+
     async def claim(self, handle: Handle) -> None:
         """Open the gate or fail, as told."""
         self.claims += 1

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from lockfs.backends.base import Holder, Image, Mode, Owner
+from lockfs.channel import requests
 from lockfs.errors import ImageBusy, LeaseUnavailable, LockfsError
 from lockfs.keeper.gate import Gate, GateState
 from lockfs.keeper.grants import Access, Grant, HeldImage, Kind, managed, reader
@@ -19,8 +20,8 @@ ELSEWHERE = Owner("otherhost", 4711, "qemu-system-x86_64", 1_700_000_000.0)
 
 
 @dataclass(frozen=True)
-class Caller:
-    """A request's caller, in the form of pyfuse3's RequestContext."""
+class Caller(requests.Caller):
+    """A request's caller: this process, unless it is said otherwise."""
 
     uid: int = field(default_factory=os.geteuid)
     gid: int = field(default_factory=os.getegid)
@@ -37,6 +38,9 @@ class FakeKernel:
         self.registered: dict[int, os.stat_result] = {}
         self.invalidated: list[int] = []
         self._ids = itertools.count(1)
+
+    def knows(self, nodeid: int) -> bool:
+        return True
 
     def register_backing(self, descriptor: int) -> int:
         if self.refusal is not None:
