@@ -32,6 +32,8 @@ from tests.backends.contender import BACKENDS
 
 HELD = "test:held"
 """The mode in which the host's keeper believes that the lease is held."""
+NEW = "test:new"
+"""The name of an image that a worker was to have the first lease of, and gave up with its life."""
 WORKERS_MAX = 400
 BUSY_MAX = 20
 DONE, AGAIN, TROUBLE = 0, 3, 4
@@ -130,9 +132,8 @@ class Worker:
         return outcome
 
     async def _serve(self, nth: int) -> int:
-        spec = self._task["maker"]
-        descriptor, store = self._task["descriptor"], self._task["store"]
-        image = Image(os.fstat(descriptor).st_ino, self._task["image"].encode(), descriptor)
+        spec, store = self._task["maker"], self._task["store"]
+        image = self._image(nth)
         owner = Owner(spec["host"], 1, "keeper", 0.0)
         backend = BACKENDS[spec["backend"]](spec | {"store_fd": store})
         await backend.start(lambda lease: None, self._facts)
@@ -144,10 +145,21 @@ class Worker:
             await nursery.start(backend.run)
             await backend.settle()
             await self._let_go(backend, lease)
+            if self._task["step"] == "first":
+                image = self._image(nth, new=True)
             outcome = await self._step(backend, image, owner, nth)
             nursery.cancel_scope.cancel()
         await backend.stop()
         return outcome
+
+    def _image(self, nth: int, *, new: bool = False) -> Image:
+        """The one that was opened before all workers; or one that no host ever had a lease of."""
+        descriptor, name = self._task["descriptor"], self._task["image"]
+        if new:
+            name = f"{nth}.img"
+            descriptor = os.open(Path(self._task["maker"]["store"]) / name, os.O_RDWR | os.O_CREAT)
+            self._facts.set(NEW, name)
+        return Image(os.fstat(descriptor).st_ino, name.encode(), descriptor)
 
     def _expect(self, true: bool, what: str) -> None:
         if not true:
@@ -160,11 +172,12 @@ class Worker:
         if lease is not None:
             self._facts.remove(HELD)
             await backend.release(lease)
-        self._expect(await trio.to_thread.run_sync(self._rival.ask, "win") == "won", "it was not given back")
+        word = f"win {self._facts.get(NEW) or self._task['image']}"
+        self._expect(await trio.to_thread.run_sync(self._rival.ask, word) == "won", "it was not given back")
 
     async def _step(self, backend: Backend, image: Image, owner: Owner, nth: int) -> int:
         step, lease = self._task["step"], None
-        if step != "acquire":
+        if step in ("release", "convert"):
             lease = await backend.acquire(image, self._mode, owner, trio.current_time() + ATTEMPT_S)
             self._facts.set(HELD, self._mode.value)
         if step == "convert":
@@ -181,13 +194,17 @@ class Worker:
                 self._facts.set(HELD, self._other.value)
             else:
                 lease = await backend.acquire(image, self._mode, owner, trio.current_time() + ATTEMPT_S)
-                self._facts.set(HELD, self._mode.value)
+                if step == "acquire":
+                    self._facts.set(HELD, self._mode.value)
         except ImageBusy:  # the rival was in the way
             self._trap.disarm()
             os.kill(os.getpid(), signal.SIGUSR1)
         self._trap.disarm()
         if step == "acquire":
             self._rival.tell("hammer")
+        if step == "first" and lease is not None:
+            await backend.release(lease)
+            lease = None
         await self._let_go(backend, None if step == "release" else lease)
         return DONE
 
@@ -219,7 +236,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         _, status = os.waitpid(pid, 0)
         os.close(pidfd)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-            killed, nth = killed + 1, nth + 1
+            killed, nth = killed + 1, nth + task["stride"]
         elif os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGUSR1:
             busy += 1
         else:

@@ -1,7 +1,7 @@
 """A host that tries for an image when it is told to: see killed_host.py.
 
 Reads words, one a line. `hammer`: try all the time from now on. `stop`: no more; answers how often it got
-the image. `win`: try until it is had; answers "won", or "busy" after WIN_S. `end`: end.
+the image. `win NAME`: try for that one until it is had; answers "won", or "busy" after WIN_S. `end`: end.
 """
 
 from __future__ import annotations
@@ -28,17 +28,25 @@ ATTEMPT_S = 5.0
 class Rival:
     """Tries with one backend; `won` counts since `hammer`."""
 
-    def __init__(self, backend: Backend, image: Image, owner: Owner) -> None:
-        self._backend, self._image, self._owner = backend, image, owner
+    def __init__(self, backend: Backend, store: str, name: str, owner: Owner) -> None:
+        self._backend, self._store, self._owner = backend, store, owner
+        self._images: dict[str, Image] = {}
+        self._name = name
         self._scope = trio.CancelScope()
         self._idle = trio.Lock()
         self.won = 0
 
-    async def tries(self) -> bool:
+    def _image(self, name: str) -> Image:
+        if name not in self._images:
+            descriptor = os.open(Path(self._store) / name, os.O_RDWR | os.O_CREAT)
+            self._images[name] = Image(os.fstat(descriptor).st_ino, name.encode(), descriptor)
+        return self._images[name]
+
+    async def tries(self, name: str = "") -> bool:
         """Try once, and give back what it got."""
         try:
             lease = await self._backend.acquire(
-                self._image, Mode.EXCLUSIVE, self._owner, trio.current_time() + ATTEMPT_S
+                self._image(name or self._name), Mode.EXCLUSIVE, self._owner, trio.current_time() + ATTEMPT_S
             )
         except ImageBusy:
             return False
@@ -65,10 +73,10 @@ class Rival:
         async with self._idle:
             return str(self.won)
 
-    async def win(self) -> str:
-        """Whether the image could be had."""
+    async def win(self, name: str) -> str:
+        """Whether an image could be had."""
         with trio.move_on_after(WIN_S):
-            while not await self.tries():
+            while not await self.tries(name):
                 await trio.sleep(PAUSE_S)
             self.won = 0
             return "won"
@@ -81,19 +89,18 @@ async def main(task: dict[str, Any]) -> None:
     store = os.open(spec["store"], os.O_PATH | os.O_DIRECTORY)
     backend = BACKENDS[spec["backend"]](spec | {"store_fd": store})
     await backend.start(lambda lease: None)
-    descriptor = os.open(Path(spec["store"]) / task["image"], os.O_RDWR)
-    image = Image(os.fstat(descriptor).st_ino, task["image"].encode(), descriptor)
-    rival = Rival(backend, image, Owner(spec["host"], os.getpid(), "rival", 0.0))
+    rival = Rival(backend, spec["store"], task["image"], Owner(spec["host"], os.getpid(), "rival", 0.0))
     async with trio.open_nursery() as nursery:
         await nursery.start(backend.run)
-        await rival.win()
+        await rival.win(task["image"])
         print("ready", flush=True)
         while (word := (await trio.to_thread.run_sync(sys.stdin.readline)).strip()) not in ("", "end"):
             if word == "hammer":
                 nursery.start_soon(rival.hammer)
                 await trio.sleep(0)
             else:
-                print(await (rival.stop() if word == "stop" else rival.win()), flush=True)
+                name = word.removeprefix("win ")
+                print(await (rival.stop() if word == "stop" else rival.win(name)), flush=True)
         nursery.cancel_scope.cancel()
     await backend.stop()
 

@@ -24,6 +24,7 @@ from .makers import FcntlMaker, PaxosMaker
 
 RUN_S_MAX = 280
 STEPS = {
+    "acquire-first": ("first", "exclusive", ""),
     "acquire-exclusive": ("acquire", "exclusive", ""),
     "acquire-shared": ("acquire", "shared", ""),
     "release-exclusive": ("release", "exclusive", ""),
@@ -45,7 +46,8 @@ def kills(maker: Maker, step: str) -> dict[str, Any]:
     """The report of killed_host.py for one step."""
     what, mode, other = STEPS[step]
     task = {"maker": maker.contender(0), "rival": maker.contender(1), "image": IMAGE}
-    task |= {"step": what, "mode": mode, "other": other or mode}
+    # Each first lease takes a place of its own for good, of which an index has few.
+    task |= {"step": what, "mode": mode, "other": other or mode, "stride": 5 if what == "first" else 1}
     script = str(Path(__file__).with_name("killed_host.py"))
     ran = subprocess.run(
         [sys.executable, script, json.dumps(task)],
