@@ -279,13 +279,13 @@ class PaxosMaker:
         host.scope.cancel()
         async with host.running:
             pass
+        host.scope = trio.CancelScope()
         layout, host.paxos._layout = host.paxos._layout, None
         if layout is None:
             return
         await layout.stop()
         for lease in host.paxos._leases.values():
             await lease.place.close()
-        host.scope = trio.CancelScope()
 
     async def succeed(self, host: PaxosHost) -> None:
         await self.kill(host)
