@@ -93,6 +93,7 @@ class Program:
             self._memory,
             kept,
             lambda: self.note("on ready"),
+            (self._directory / "over").exists,
             upgrade.Program(
                 (sys.executable, "-m", self._behaviour.get("program", "tests.guardian.program")),
                 (str(self._directory),),

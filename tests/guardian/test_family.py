@@ -164,6 +164,14 @@ def test_crash_loop(family: Family) -> None:
     family.attach()
 
 
+def test_crash_loop_after_the_end(family: Family) -> None:
+    """If there is nothing left to serve a crash loop ends the family."""
+    family.start(ready=False, others="die")
+    (family.directory / "over").touch()
+    ending = family.ended()
+    assert (ending["code"], len(family.of("turn"))) == (2, 5)
+
+
 def test_steady_workers_are_no_crash_loop(family: Family) -> None:
     """Deaths count only if they come soon after the start."""
     family.start(limits={"loop_steady": 0.0})
