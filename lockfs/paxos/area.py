@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from lockfs.paxos.seams import Disk
+from lockfs.paxos.seams import Disk, Plan, ToRead, ToWrite
 from lockfs.records.geometry import Geometry
 from lockfs.records.results import RecordError, Result
 from lockfs.records.sectors import Leader
@@ -85,8 +85,20 @@ class Area:
         Raises:
             ValueError: `data` is not one sector.
         """
+        limit = self.timeout if timeout is None else timeout
+        await self.disk.write(self._place(sector, data), data, limit)
+
+    def reading(self, sector: int, count: int = 1) -> Plan[memoryview]:
+        """As `read`, as a step of a plan: the bytes are the plan's until its next step."""
+        size = self.shape.sector_size
+        return (yield ToRead(self.offset + sector * size, count * size, self.timeout))
+
+    def writing(self, sector: int, data: bytes) -> Plan[None]:
+        """As `write`, as a step of a plan."""
+        yield ToWrite(self._place(sector, data), data, self.timeout)
+
+    def _place(self, sector: int, data: bytes) -> int:
         size = self.shape.sector_size
         if len(data) != size:
             raise ValueError(f"{len(data)} bytes are not one sector of {size}")
-        limit = self.timeout if timeout is None else timeout
-        await self.disk.write(self.offset + sector * size, data, limit)
+        return self.offset + sector * size

@@ -14,6 +14,7 @@ import crc32c
 
 from lockfs.records.geometry import Geometry, geometry_of_flags
 from lockfs.records.results import RecordError, Result
+from lockfs.records.zeros import used_sectors
 
 NAME_BYTES = 48
 DELTA_MAGIC, DELTA_VERSION = 0x12212010, 0x00030004
@@ -43,7 +44,6 @@ _BITMAP_OFFSET, _BITMAP_BYTES = 256, 256
 BITMAP_HOSTS = 8 * _BITMAP_BYTES
 _INDEX_HEADER = struct.Struct("<IIIIIIQ48s")
 _INDEX_ENTRY = struct.Struct("<QI4x48s")
-_ZEROS = bytes(64 << 10)
 
 
 def checksum(data: bytes) -> int:
@@ -137,7 +137,7 @@ class Leader:
 _LEADER_FIELDS = tuple(Leader.__dataclass_fields__)
 
 
-def decode_leader(sector: bytes) -> Leader:
+def decode_leader(sector: bytes | memoryview) -> Leader:
     """The leader record at the start of a sector."""
     return Leader(*_LEADER.unpack_from(sector))
 
@@ -319,30 +319,17 @@ def check_dblock(dblock: Dblock) -> None:
         raise RecordError(Result.DBLOCK_CHECKSUM, "the ballot record is damaged: its checksum is wrong")
 
 
-def used_hosts(area: bytes, sector_size: int, num_hosts: int) -> Iterator[tuple[int, HostRecord]]:
+def used_hosts(
+    area: bytes | memoryview, sector_size: int, num_hosts: int
+) -> Iterator[tuple[int, HostRecord]]:
     """Those host records of a resource's first sectors that are not all zero, by host id.
 
     `area` starts at the leader and holds at least 2 + num_hosts sectors.
     """
-    for sector in _used_sectors(area, sector_size, host_sector(1), host_sector(num_hosts) + 1):
+    for sector in used_sectors(area, sector_size, host_sector(1), host_sector(num_hosts) + 1):
         record = decode_host(area, sector * sector_size)
         if record != UNUSED_HOST:
             yield sector - host_sector(0), record
-
-
-def _used_sectors(area: bytes, sector_size: int, first: int, end: int) -> Iterator[int]:
-    """Sectors with a byte that is not zero. Whole runs of zeros, the usual case, are skipped at once."""
-    run = len(_ZEROS) // sector_size
-    sector = first
-    while sector < end:
-        length = (min(sector + run, end) - sector) * sector_size
-        start = sector * sector_size
-        if area[start : start + length] != _ZEROS[:length]:
-            for single in range(sector, min(sector + run, end)):
-                at = single * sector_size
-                if area[at : at + sector_size] != _ZEROS[:sector_size]:
-                    yield single
-        sector += run
 
 
 @dataclass(frozen=True)

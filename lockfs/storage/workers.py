@@ -34,10 +34,13 @@ class WorkersStopped(Exception):
 class _Job:
     work: Callable[[], Any]
     ended: Callable[[], None] = lambda: None
+    goes_on: Callable[[], float | None] = lambda: None
+    given_up: Callable[[], None] = lambda: None
     queued: bool = False
     has_place: bool = False
     waiting: trio.lowlevel.Task | None = None
     abandoned: bool = False
+    over: bool = False
     result: Any = None
     error: BaseException | None = None
 
@@ -57,6 +60,7 @@ class Workers:
         self._places = trio.CapacityLimiter(places)
         self._threads = places
         self._stuck = 0
+        self._in_line = 0
         self._stopped = False
         for number in range(places):
             threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True).start()
@@ -66,19 +70,33 @@ class Workers:
         """How many calls are under way that nobody waits for any more."""
         return self._stuck
 
+    @property
+    def crowded(self) -> bool:
+        """Whether calls wait for a place. May be asked in any thread."""
+        return self._in_line > 0
+
     @trio.lowlevel.enable_ki_protection  # no interruption between a queued job and the wait for it
     async def run(
-        self, work: Callable[[], _T], timeout: float, ended: Callable[[], None] = lambda: None
+        self,
+        work: Callable[[], _T],
+        timeout: float,
+        ended: Callable[[], None] = lambda: None,
+        *,
+        goes_on: Callable[[], float | None] = lambda: None,
+        given_up: Callable[[], None] = lambda: None,
     ) -> _T:
         """What `work` returns or raises, called in a thread.
 
         It has `timeout` seconds, the wait for a place included; with none left it is not begun. `ended` is
         called once, on the trio thread, when the work has ended however late, or is certain never to begin.
+        Work of several parts is asked, on the trio thread, when its time is up, whether it `goes_on`: until
+        which moment of trio's clock, or None. `given_up` is called there before a call returns whose work is
+        under way still.
 
         Raises:
             NotInTime, WorkersStopped.
         """
-        job = _Job(work, ended)
+        job = _Job(work, ended, goes_on, given_up)
         try:
             return await self._run(job, timeout)  # type: ignore[no-any-return]
         finally:
@@ -86,16 +104,33 @@ class Workers:
                 ended()
 
     async def _run(self, job: _Job, timeout: float) -> Any:
-        with trio.move_on_after(max(timeout, 0.0)) as scope:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            await self._take_place(job)
-            if trio.current_time() < scope.deadline and not self._stopped:
-                return await self._done(job)
-            self._places.release_on_behalf_of(job)
-            if self._stopped:
-                raise WorkersStopped
-            await trio.lowlevel.checkpoint()
-        raise NotInTime(begun=job.abandoned)
+        try:
+            with trio.move_on_after(max(timeout, 0.0)) as scope:
+                await trio.lowlevel.checkpoint_if_cancelled()
+                await self._take_place(job)
+                if trio.current_time() < scope.deadline and not self._stopped:
+                    job.queued = True
+                    self._jobs.put(job)
+                    await self._ended(job)
+                else:
+                    self._places.release_on_behalf_of(job)
+                    if self._stopped:
+                        raise WorkersStopped
+                    await trio.lowlevel.checkpoint()
+            while job.queued and not job.over and (deadline := job.goes_on()) is not None:
+                with trio.CancelScope(deadline=deadline):
+                    await self._ended(job)
+        finally:
+            if job.queued:
+                self._abandon_unless_over(job)
+        if not job.over:
+            raise NotInTime(begun=job.abandoned)
+        if job.error is None:
+            return job.result
+        try:
+            raise job.error
+        finally:
+            job.error = None  # it refers to this frame
 
     @trio.lowlevel.enable_ki_protection
     async def stop(self, last: Callable[[], None], timeout: float) -> None:
@@ -106,8 +141,11 @@ class Workers:
         idle = not self._places.borrowed_tokens
         job = self.stop_soon(last)
         if job is not None and idle:
-            with trio.move_on_after(timeout):
-                await self._ended(job)
+            try:
+                with trio.move_on_after(timeout):
+                    await self._ended(job)
+            finally:
+                self._abandon_unless_over(job)
 
     def stop_soon(self, last: Callable[[], None]) -> _Job | None:
         """As `stop`, without waiting. Returns the job of `last`; None if they were stopped before."""
@@ -124,33 +162,32 @@ class Workers:
         try:
             self._places.acquire_on_behalf_of_nowait(job)
         except trio.WouldBlock:
-            await self._places.acquire_on_behalf_of(job)
+            self._in_line += 1
+            try:
+                await self._places.acquire_on_behalf_of(job)
+            finally:
+                self._in_line -= 1
         job.has_place = True
 
-    async def _done(self, job: _Job) -> Any:
-        job.queued = True
-        self._jobs.put(job)
-        await self._ended(job)
-        if job.error is None:
-            return job.result
-        try:
-            raise job.error
-        finally:
-            job.error = None  # it refers to this frame
-
     async def _ended(self, job: _Job) -> None:
-        """Wait for a queued job. No checkpoint follows its end: cancelled means abandoned."""
+        """Wait for a queued job. No checkpoint follows its end."""
 
-        def abandon(_: object) -> trio.lowlevel.Abort:
+        def wait_no_more(_: object) -> trio.lowlevel.Abort:
             job.waiting = None
-            job.abandoned = True
-            self._stuck += 1
             return trio.lowlevel.Abort.SUCCEEDED
 
         job.waiting = trio.lowlevel.current_task()
-        await trio.lowlevel.wait_task_rescheduled(abandon)
+        await trio.lowlevel.wait_task_rescheduled(wait_no_more)
+
+    def _abandon_unless_over(self, job: _Job) -> None:
+        """Wait for a queued job no more. No checkpoint since the wait: cancelled means abandoned."""
+        if not job.over:
+            job.abandoned = True
+            self._stuck += 1
+            job.given_up()
 
     def _end(self, job: _Job) -> None:
+        job.over = True
         if job.has_place:
             self._places.release_on_behalf_of(job)
         job.ended()
@@ -159,6 +196,8 @@ class Workers:
             return
         if job.abandoned:
             self._stuck -= 1
+        elif job.has_place:
+            return  # its caller's wait is just being ended: it will see that the job is over
         if job.error is not None and not isinstance(job.error, OSError | LockfsError):
             _log.error("A call that nobody waited for any more failed.", exc_info=job.error)
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from lockfs.paxos.area import NUMBERS_END, Area
+from lockfs.paxos.contest import SHAPES_MAX
 from lockfs.paxos.errors import EngineError, LockspaceFailed, Refused
-from lockfs.paxos.resource import BALLOTS_MAX, ROUNDS_MAX, SHAPES_MAX, Hold, Resource
+from lockfs.paxos.resource import BALLOTS_MAX, ROUNDS_MAX, Hold, Resource
 from lockfs.paxos.seams import DiskError
 from lockfs.records import sectors
 from lockfs.records.geometry import GEOMETRIES, MIB, Geometry
