@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from lockfs.paxos.seams import Disk, Plan, ToRead, ToWrite
 from lockfs.records.geometry import Geometry
@@ -41,14 +42,19 @@ class Area:
         try:
             yield
         except RecordError as error:
-            if error.sector is not None:
-                raise
-            raise error.at(self.name, sector) from None
+            self._name(error, sector)
+
+    def _name(self, error: RecordError, sector: int) -> NoReturn:
+        if error.sector is not None:
+            raise error
+        raise error.at(self.name, sector) from None
 
     def check(self, sector: int, check: Callable[..., None], *arguments: object) -> None:
         """Call one of the records' checks for what was read from `sector`."""
-        with self.naming(sector):
+        try:
             check(*arguments)
+        except RecordError as error:
+            self._name(error, sector)
 
     def check_number(self, sector: int, number: int) -> None:
         """Refuse a version, generation or ballot number, read from `sector`, that has no successor.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import attrgetter
 
 import crc32c
 
@@ -122,11 +123,13 @@ class Leader:
 
     def encode(self) -> bytes:
         """The 200 bytes as they are, with the checksum the record carries."""
-        return _LEADER.pack(*(getattr(self, name) for name in _LEADER_FIELDS))
+        return _LEADER.pack(*_leader_values(self))
 
     def summed(self) -> Leader:
         """The record with the checksum that its bytes have."""
-        return replace(self, checksum=checksum(self.encode()[:_LEADER_SUMMED]))
+        values = list(_leader_values(self))
+        values[_LEADER_CHECKSUM] = checksum(_LEADER.pack(*values)[:_LEADER_SUMMED])
+        return Leader(*values)
 
     @property
     def intact(self) -> bool:
@@ -135,6 +138,8 @@ class Leader:
 
 
 _LEADER_FIELDS = tuple(Leader.__dataclass_fields__)
+_LEADER_CHECKSUM = _LEADER_FIELDS.index("checksum")
+_leader_values = attrgetter(*_LEADER_FIELDS)  # once for all fields: an acquisition makes a dozen of these
 
 
 def decode_leader(sector: bytes | memoryview) -> Leader:
@@ -250,7 +255,8 @@ class Dblock:
 
     def summed(self) -> Dblock:
         """The record with the checksum that its bytes have; the flags are outside it."""
-        return replace(self, checksum=checksum(self.encode()[:_DBLOCK_SUMMED]))
+        summed = checksum(self.encode()[:_DBLOCK_SUMMED])
+        return Dblock(self.mbal, self.bal, self.inp, self.inp2, self.inp3, self.lver, summed, self.flags)
 
     @property
     def unused(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 _RUNS = (64 << 10, 4 << 10)
 """Bytes compared at once, and again in parts if they are not all zero. Multiples of every sector size."""
@@ -20,17 +20,21 @@ def used_sectors(area: bytes | memoryview, sector_size: int, first: int, end: in
     view = memoryview(area)
     if first < end and view.nbytes < end * sector_size:
         raise ValueError(f"{view.nbytes} bytes are not {end} sectors of {sector_size}")
-    return _used(view, sector_size, first, end, [run // sector_size for run in _RUNS])
+    return _used(view, sector_size, first, end)
 
 
-def _used(view: memoryview, size: int, first: int, end: int, runs: Sequence[int]) -> Iterator[int]:
-    run = runs[0] if runs else 1
-    for sector in range(first, end, run):
-        stop = min(sector + run, end)
-        # `startswith` compares memory with memory; `==` of a view goes by single elements.
-        if _ZEROS.startswith(view[sector * size : stop * size]):
+def _used(view: memoryview, size: int, first: int, end: int) -> Iterator[int]:
+    # `startswith` compares memory with memory; `==` of a view goes by single elements.
+    is_zero = _ZEROS.startswith
+    many, few = (run // size for run in _RUNS)
+    for start in range(first, end, many):
+        stop = min(start + many, end)
+        if is_zero(view[start * size : stop * size]):
             continue
-        if runs and stop - sector > 1:
-            yield from _used(view, size, sector, stop, runs[1:])
-        else:
-            yield sector
+        for part in range(start, stop, few):
+            part_end = min(part + few, stop)
+            if is_zero(view[part * size : part_end * size]):
+                continue
+            for sector in range(part, part_end):
+                if not is_zero(view[sector * size : (sector + 1) * size]):
+                    yield sector
