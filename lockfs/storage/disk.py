@@ -197,6 +197,8 @@ class DirectDisk(Disk):
             raise turn.late(begun=late.begun) from None
         except (WorkersStopped, FileClosed):
             raise _closed(turn.what) from None
+        except OSError as error:  # no descriptor was left to wait with
+            raise refusal(error, turn.what) from error
 
     async def close(self) -> None:
         """Take no more calls and close the file: now, or with the last I/O under way. May be called again.
