@@ -114,7 +114,7 @@ class Clock(Protocol):
     def now(self) -> float:
         """Seconds since some moment before the program started; never steps back, and counts suspend time.
 
-        CLOCK_BOOTTIME in production.
+        CLOCK_BOOTTIME in production. May be called in any thread: plans do.
         """
 
     async def sleep(self, seconds: float) -> None:
