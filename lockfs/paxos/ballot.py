@@ -7,7 +7,7 @@ reading, the value is chosen: nobody can ever choose another for this version.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from lockfs.paxos.area import Area
@@ -57,13 +57,8 @@ class Ballot:
             BallotLost: nothing is decided by this ballot. Its value may still be, by another host.
             LockspaceFailed: as BallotLost; and so if an I/O fails.
         """
-        entered = replace(
-            Dblock(mbal=self.mbal, lver=self.lver),
-            bal=self.accepted.bal,
-            inp=self.accepted.inp,
-            inp2=self.accepted.inp2,
-            inp3=self.accepted.inp3,
-        )
+        kept = self.accepted
+        entered = Dblock(self.mbal, kept.bal, kept.inp, kept.inp2, kept.inp3, self.lver)
         yield from pen.inscribe(entered.summed(), self.mode)
         others = yield from self._read()
         self._compare(others)
