@@ -200,7 +200,7 @@ class Contest:
         flags = cur.flags
         if ours:
             flags = flags | sectors.SHORT_HOLD if bid.short else flags & ~sectors.SHORT_HOLD
-        new = replace(
+        new = yield from self.write_leader(
             cur,
             flags=flags,
             lver=bid.survey.next,
@@ -208,7 +208,6 @@ class Contest:
             owner_generation=value.generation,
             timestamp=value.timestamp,
         )
-        new = yield from self.write_leader(new)
         if not ours:
             self.unsettled = False
             raise Refused(Result.COMMITTED_OTHER, "another host has just won the lease", leader=new)
@@ -243,8 +242,10 @@ class Contest:
             leader = self._checked(sectors.decode_leader(prefix))
             self.area.check_number(sectors.LEADER_SECTOR, leader.lver)
             self.area.check(sectors.LEADER_SECTOR, _check_owner, leader)
-            is_whole = leader.geometry == self.area.shape and leader.num_hosts <= self._num_hosts
-            self.area, self._num_hosts = self.area.shaped(leader.geometry), leader.num_hosts
+            shape, is_whole = leader.geometry, leader.num_hosts <= self._num_hosts
+            self._num_hosts = leader.num_hosts
+            if shape != self.area.shape:
+                self.area, is_whole = self.area.shaped(shape), False
             if is_whole:
                 return leader, prefix
         problem = "it states another size at every look"
@@ -274,11 +275,16 @@ class Contest:
 
     # Writes
 
-    def write_leader(self, leader: Leader) -> Plan[Leader]:
-        """Write the leader as this host; returns what was written. Raises LockspaceFailed."""
+    def write_leader(self, leader: Leader, **changes: int) -> Plan[Leader]:
+        """Write the leader, with these numbers changed, as this host; returns what was written.
+
+        Raises:
+            LockspaceFailed.
+        """
         lockspace = self.lockspace
         new = replace(
             leader,
+            **changes,  # type: ignore[arg-type]
             write_id=lockspace.host_id,
             write_generation=lockspace.generation,
             write_timestamp=stamp(lockspace.clock.now()),
@@ -287,6 +293,10 @@ class Contest:
         yield from self.area.writing(sectors.LEADER_SECTOR, sectors.encode_leader(new))
         self.last = new
         return new
+
+    def free_leader(self, leader: Leader) -> Plan[Leader]:
+        """Write the leader without an owner. Raises LockspaceFailed."""
+        return self.write_leader(leader, timestamp=0, flags=leader.flags & ~sectors.SHORT_HOLD)
 
     def inscribe(self, dblock: Dblock, mode: ModeBlock) -> Plan[None]:
         """Write this host's sector during a ballot (ballot.Pen). From here on all must be settled.

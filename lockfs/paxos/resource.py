@@ -271,7 +271,7 @@ class Resource:
         if now != mine:
             self._contest.unsettled = False
             raise EngineError(Result.RELEASE_OWNER, "the lease was no longer as this host had taken it")
-        yield from self._contest.write_leader(_freed(now))
+        yield from self._contest.free_leader(now)
 
     async def convert(self, *, shared: bool, give_up_at: float = 0.0) -> None:
         """Change a hold's mode. If it fails towards EXCLUSIVE the hold stays SHARED; towards SHARED, it is
@@ -348,12 +348,8 @@ class Resource:
         is_ours = now.write_id == us[0] and (now.owner_id, now.owner_generation) == us
         if now.timestamp and is_ours:
             self.area.check_size(sectors.LEADER_SECTOR, now)
-            yield from self._contest.write_leader(_freed(now))
+            yield from self._contest.free_leader(now)
         self._contest.unsettled = False
-
-
-def _freed(leader: Leader) -> Leader:
-    return replace(leader, timestamp=0, flags=leader.flags & ~sectors.SHORT_HOLD)
 
 
 def _shared_elsewhere(others: list[tuple[int, int]]) -> Refused:
