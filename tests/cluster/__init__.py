@@ -1,1 +1,1 @@
-"""Several real hosts: guests with their own kernels and clocks, which share storage and are cut off from it."""
+"""Several real hosts: guests with kernels and clocks of their own, which share storage and lose it."""

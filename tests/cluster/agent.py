@@ -6,7 +6,8 @@
     {"op": "write", "path": …, "text": …}             {}
     {"op": "clock"}                                   {"boot": seconds, "real": seconds}
 
-What fails is answered with {"error": sentence}. Standard library only.
+A request has an "id", which its answer repeats. What fails is answered with {"error": sentence}.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -61,11 +62,12 @@ def main() -> None:
         while data := line.read(65536):
             *requests, waiting = (waiting + data).split(b"\n")
             for request in requests:
+                asked = json.loads(request)
                 try:
-                    reply = answer(json.loads(request))
+                    reply = answer(asked)
                 except (OSError, subprocess.SubprocessError, ValueError) as error:
                     reply = {"error": f"{type(error).__name__}: {error}"}
-                whole = json.dumps(reply).encode() + b"\n"
+                whole = json.dumps({"id": asked["id"], **reply}).encode() + b"\n"
                 while whole:
                     whole = whole[line.write(whole) or 0 :]
 

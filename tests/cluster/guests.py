@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +23,12 @@ ANSWER_S = 60.0
 MEMORY_MIB = 512
 IMAGE_MOUNT = "/mnt"
 STORE = "/srv"
+# The clock must be one that runs on while the QEMU is stopped by a signal. The rest saves time.
+_KERNEL_OPTIONS = (
+    "console=ttyS0 quiet panic=-1 tsc=reliable clocksource=tsc mitigations=off nokaslr lsm= audit=0"
+)
 IMAGE = "disk"
+LOG = "/run/lockfs.log"
 PYTHON = os.path.realpath(sys.executable)
 
 
@@ -40,6 +44,7 @@ class Line:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(str(path))
         self._buffer = b""
+        self._asked = 0
 
     def close(self) -> None:
         """Close this end; the guest sees nothing of it."""
@@ -52,19 +57,25 @@ class Line:
             NoAnswer: not `within` so many seconds. AssertionError: the agent could not do it.
         """
         end = time.monotonic() + within
+        self._asked += 1
         try:
-            self._socket.sendall(json.dumps({"op": op, **arguments}).encode() + b"\n")
-            while b"\n" not in self._buffer:
-                self._socket.settimeout(max(0.001, end - time.monotonic()))
-                data = self._socket.recv(65536)
-                if not data:
-                    raise NoAnswer(f"{self._name} is gone")
-                self._buffer += data
-        except (TimeoutError, ConnectionError) as error:
+            self._socket.sendall(json.dumps({"id": self._asked, "op": op, **arguments}).encode() + b"\n")
+            while (reply := self._answer(end))["id"] != self._asked:
+                pass  # the answer to a request that was given up
+        except (OSError, EOFError) as error:
             raise NoAnswer(f"{self._name} does not answer {op}: {error}") from error
+        assert "error" not in reply, f"{self._name}: {op} {arguments}: {reply['error']}"
+        return reply
+
+    def _answer(self, end: float) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            self._socket.settimeout(max(0.001, end - time.monotonic()))
+            data = self._socket.recv(65536)
+            if not data:
+                raise EOFError("it is gone")
+            self._buffer += data
         line, self._buffer = self._buffer.split(b"\n", 1)
         reply: dict[str, Any] = json.loads(line)
-        assert "error" not in reply, f"{self._name}: {op} {arguments}: {reply['error']}"
         return reply
 
 
@@ -76,7 +87,15 @@ class Guest:
     machine: Qemu
     line: Line
     console: Path
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _ahead: float = 0.0
+
+    def boot_at(self, monotonic: float) -> float:
+        """What its boot clock shows, or would show, when this machine's monotonic clock shows that."""
+        return monotonic + self._ahead
+
+    def learn_clock(self) -> None:
+        """Compare its clock with this machine's; the answer's way counts as no time."""
+        self._ahead = float(self.line.ask("clock")["boot"]) - time.monotonic()
 
     def run(self, *argv: str, timeout: float = ANSWER_S, check: bool = True) -> str:
         """Run a program to its end; returns what it printed."""
@@ -95,6 +114,15 @@ class Guest:
     def read(self, path: str) -> str:
         """A text file's content; empty if it is not there."""
         return str(self.line.ask("read", path=path)["text"])
+
+    def log(self) -> str:
+        """What lockfs wrote there."""
+        return self.read(LOG)
+
+    def load_modules(self) -> None:
+        """Load what the network and NFS need."""
+        script = 'set -e; while read name; do busybox insmod "/modules/$name.ko"; done </modules/order'
+        self.busybox("sh", "-c", script)
 
     def cut_power(self) -> None:
         """End it as a power cut would: nothing is flushed, nobody is told."""
@@ -122,8 +150,8 @@ class Guest:
     def report(self) -> str:
         """What its console shows, and lockfs's log if it can be had."""
         log = ""
-        with contextlib.suppress(NoAnswer, AssertionError, OSError):
-            log = self.line.ask("read", 5.0, path="/run/lockfs.log")["text"]
+        with contextlib.suppress(NoAnswer, AssertionError):
+            log = self.line.ask("read", 5.0, path=LOG)["text"]
         console = self.console.read_text(errors="replace")[-4000:]
         return f"--- {self.name}: console:\n{console}\n--- {self.name}: lockfs:\n{log}"
 
@@ -144,8 +172,7 @@ class Cluster:
             self.build,
             [
                 "-kernel", str(self.root.kernel), "-initrd", str(self.root.initramfs),
-                # The clock of a guest must be one that runs on while the QEMU is stopped by a signal.
-                "-append", "console=ttyS0 quiet panic=-1 tsc=reliable clocksource=tsc mitigations=off nokaslr lsm= audit=0",
+                "-append", _KERNEL_OPTIONS,
                 # QEMU 7.2 gets the flags of a cmpxchg16b wrong when an interrupt comes at that moment.
                 "-cpu", "qemu64,-cx16", "-no-reboot",
                 "-serial", f"file:{serial}",
@@ -163,6 +190,7 @@ class Cluster:
         self.guests.append(guest)
         try:
             guest.line.ask("clock", BOOT_S)
+            guest.learn_clock()
         except NoAnswer as error:
             raise AssertionError(f"{error}: {machine.output}{serial.read_text(errors='replace')}") from error
         return guest
@@ -181,9 +209,9 @@ def mount(guest: Guest, options: str, timeout: float = BOOT_S) -> None:
     guest.busybox("mkdir", "-p", "/run/state")
     guest.start(
         PYTHON, "-m", "lockfs.cli.main", "-f", "-o", f"host={guest.name},{options}", STORE, IMAGE_MOUNT,
-        log="/run/lockfs.log",
+        log=LOG,
     )  # fmt: skip
-    eventually(lambda: " serves " in guest.read("/run/lockfs.log"), f"{guest.name} serves", timeout, 0.5)
+    eventually(lambda: " serves " in guest.read(LOG), f"{guest.name} serves", timeout, 0.5)
 
 
 @dataclass
@@ -195,10 +223,11 @@ class Writer:
     image: str = f"{IMAGE_MOUNT}/{IMAGE}"
 
     def __post_init__(self) -> None:
+        self.ended: dict[str, Any] = {}
         self._status = f"/run/writer{self.term}"
         self.guest.start(
-            PYTHON, "/lockfs/tests/cluster/writer.py", self.image, self.guest.name, str(self.term), self._status,
-            log=f"{self._status}.log",
+            PYTHON, "/lockfs/tests/cluster/writer.py", self.image, self.guest.name, str(self.term),
+            self._status, log=f"{self._status}.log",
         )  # fmt: skip
 
     def status(self) -> dict[str, Any]:
@@ -208,6 +237,15 @@ class Writer:
         log = self.guest.read(f"{self._status}.log")
         assert not log, f"{self.guest.name}: the writer says: {log}"
         return values
+
+    def errors(self) -> dict[str, int]:
+        """How often what failed, by what was tried and the error's number."""
+        found: dict[str, int] = self.status().get("errors", {})
+        return found
+
+    def failing(self) -> bool:
+        """Whether the last write failed."""
+        return bool(self.status().get("failing"))
 
     def acknowledged(self) -> int:
         """The number of the last write that succeeded."""
@@ -234,4 +272,5 @@ class Writer:
         eventually(
             lambda: self.status()["state"] == "ended", f"{self.guest.name}'s writer ends", ANSWER_S, 0.1
         )
-        return self.status()
+        self.ended = self.status()
+        return self.ended

@@ -1,8 +1,8 @@
-"""What the guests boot: a kernel, an initramfs that mounts the root, and a root of the files that lockfs needs.
+"""What the guests boot: a kernel, an initramfs that mounts the root, and a root with all that lockfs needs.
 
-The root is an ext4 image that all guests share read-only, with a tmpfs laid over it. It has the interpreter and
-the packages that run this test, the checkout's lockfs, the programs of an NFS server and client, and busybox for
-everything else. So the guests run what the other tests run.
+The root is an ext4 image that all guests share read-only, with a tmpfs laid over it. It has the interpreter
+and the packages that run this test, the checkout's lockfs, the programs of an NFS server and client, and
+busybox for everything else. So the guests run what the other tests run.
 """
 
 from __future__ import annotations
@@ -97,7 +97,12 @@ def _program(name: str) -> str:
 
 def _run(*command: str | Path, **options: object) -> str:
     done = subprocess.run(  # type: ignore[call-overload]
-        [str(part) for part in command], capture_output=True, text=True, timeout=BUILD_S, check=False, **options
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=BUILD_S,
+        check=False,
+        **options,
     )
     if done.returncode:
         raise AssertionError(f"{command[0]}: exit {done.returncode}: {done.stdout}{done.stderr}")
@@ -160,8 +165,8 @@ def _image(work: Path, tree: Path) -> Path:
 
 def _make_tree(tree: Path) -> None:
     for name in (
-        "usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "proc", "sys", "dev", "tmp", "run", "root", "etc", "mnt",
-        "var/lib/nfs/rpc_pipefs", "var/lib/nfs/nfsdcld", "var/lib/nfs/v4recovery", "srv", "lockfs/tests/cluster",
+        "usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "proc", "sys", "dev", "tmp", "run", "root", "etc",
+        "mnt", "srv", "var/lib/nfs", "lockfs/tests/cluster",
     ):  # fmt: skip
         (tree / name).mkdir(parents=True)
     for name in ("bin", "sbin", "lib", "lib64"):
@@ -169,6 +174,7 @@ def _make_tree(tree: Path) -> None:
     (tree / "var/run").symlink_to("/run")
     (tree / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
     (tree / "etc/group").write_text("root:x:0:\nnogroup:x:65534:\n")
+    (tree / "etc/exports").write_text("")
     (tree / "etc/mtab").symlink_to("/proc/mounts")
     for name in ("netconfig", "services", "protocols", "nsswitch.conf"):
         if Path("/etc", name).exists():

@@ -1,20 +1,23 @@
 """The record of who wrote what: an image in which nothing that landed is ever overwritten.
 
-Each time an image changes hands a new term begins. A term has a region of the image for itself; its owner
-writes records 1, 2, 3, … into the region's blocks, one after another, each at its own place. Who begins a term
-looks first how many records of the terms before have landed, and puts that number into each of its own records. A
-record of an old term beyond that number is a stale write: it landed after the next owner had the image.
+Each time an image changes hands a new term begins. A term has a region of the image for itself; its
+owner writes records 1, 2, 3, … into the region's blocks, one after another, each at its own place. Who begins
+a term looks first how many records of the term before have landed, and puts that number into each of its own
+records. A record of an old term beyond that number is a stale write: it landed after the next owner had the
+image.
 
 Run with an image's path it prints what it finds as JSON. Standard library only: guests run it too.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
 import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 BLOCK = 4096
@@ -23,7 +26,7 @@ TERMS = 4
 IMAGE_BYTES = BLOCK * REGION_BLOCKS * TERMS
 _MAGIC = b"LOCKFSWI"
 _FIELDS = struct.Struct("<8s16sIIId")
-_CHUNK = 256  # blocks
+_CHUNK = 256 * BLOCK  # regions are multiples of it
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,27 @@ def decode(block: bytes) -> Record | None:
 
 
 def records(descriptor: int, term: int) -> dict[int, Record]:
-    """All records in a term's region, by number; reads until a whole chunk has none."""
+    """All records in a term's region, by number."""
     found: dict[int, Record] = {}
-    for first in range(1, REGION_BLOCKS, _CHUNK):
-        data = os.pread(descriptor, _CHUNK * BLOCK, place(term, first))
-        here = [decode(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)]
+    for data in _chunks(descriptor, place(term, 1), place(term, REGION_BLOCKS)):
+        here = (decode(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK))
         found |= {record.number: record for record in here if record is not None}
-        if not any(here):
-            break
     return found
+
+
+def _chunks(descriptor: int, at: int, last: int) -> Iterator[bytes]:
+    """What is not a hole between `at` and the block at `last`."""
+    while at <= last:
+        try:
+            at = os.lseek(descriptor, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # no data up to the end of the file
+            raise
+        at -= at % _CHUNK
+        if at <= last:
+            yield os.pread(descriptor, _CHUNK, at)
+        at += _CHUNK
 
 
 def examine(path: str) -> list[Term]:

@@ -2,8 +2,8 @@
 
     writer.py IMAGE HOST TERM STATUS
 
-It keeps the one handle for ever and repeats a write that fails, like a guest that is continued again and again
-and never learns. STATUS is a file with what it did so far, as JSON; the file STATUS.stop ends it.
+It keeps the one handle for ever and repeats a write that fails, like a guest that is continued again and
+again and never learns. STATUS is a file with what it did so far, as JSON; the file STATUS.stop ends it.
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ def write(descriptor: int, host: str, term: int, seen: int, status: Status) -> N
             os.pwritev(descriptor, [buffer], witness.place(term, number))
         except OSError as error:
             status.failed(error, "write")
+            status.tell(failing=True)
             time.sleep(RETRY_S)
             continue
-        status.tell(number=number, acknowledged_at=_boot())
+        status.tell(number=number, acknowledged_at=_boot(), failing=False)
         number += 1
         time.sleep(PAUSE_S)
 

@@ -1,4 +1,6 @@
-"""A newer QEMU, and a kernel for guests, from the release's backports: unpacked into a cache, never installed.
+"""A newer QEMU, and a kernel for guests, from the release's backports.
+
+Both are unpacked into a cache and never installed.
 
 The mirror, the keys and the components are those of this machine's own apt sources; apt works with a
 private list and a private state, so nothing of the machine's package state changes. The cache is
