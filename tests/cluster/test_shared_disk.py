@@ -13,10 +13,11 @@ import pytest
 
 from tests.cluster.rigs import DEAD, STOPS, SharedDisk
 from tests.cluster.scenes import Figures, Scene, nothing_stale
-from tests.support.qemu import eventually
 
 pytestmark = pytest.mark.slow
 _more = pytest.mark.cluster
+_WATCHED_S = 20.0
+"""For how long the writes of a host that should not write are counted: several renewals."""
 
 
 def _scene(disk: SharedDisk, io: str, *, detour: bool = False) -> Scene:
@@ -71,23 +72,23 @@ def test_a_frozen_host_in_passthrough_is_revoked(shared_disk: SharedDisk, figure
 
 
 @_more
+@pytest.mark.xfail(
+    strict=True,
+    reason="a host whose clocks stood still renews as before, and nothing tells it that its image is gone",
+)
 @pytest.mark.parametrize("io", ["guarded", "passthrough"])
 def test_a_host_that_was_frozen_with_its_clocks_writes_no_more(
     shared_disk: SharedDisk, figures: Figures, io: str
 ) -> None:
-    """A cannot know from its clocks that time has passed."""
+    """Not covered: A cannot know from its clocks that time has passed. How much it writes is measured."""
     scene = _scene(shared_disk, io)
     scene.a.freeze(clocks=True)
     measured = _taken_over(scene, shared_disk, time.monotonic())
-    thawed_at = time.monotonic()
     scene.a.thaw(clocks=True)
-    try:
-        eventually(scene.first.failing, "writes of A fail", 60.0, 0.1)
-        stopped_after = round(time.monotonic() - thawed_at, 1)
-    except AssertionError:
-        stopped_after = None
+    time.sleep(_WATCHED_S)
+    still = not scene.first.failing()
     term = scene.judge()
-    figures(**measured, records=term.landed, stale=len(term.stale), stopped_after=stopped_after)
+    figures(**measured, stale=len(term.stale), watched_s=_WATCHED_S, still_writing=still)
     nothing_stale(term, under_way=True)
 
 
