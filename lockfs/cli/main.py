@@ -146,7 +146,7 @@ class _Mounter:
         if options.io is IoMode.PASSTHROUGH and not as_root:
             raise UsageError("The option io=passthrough needs root: run lockfs as root, or give io=auto.")
         raise_descriptor_limit()
-        store = source.prepare(options, as_root=as_root)
+        store = source.prepare(options, as_root=as_root, clears=not fake)
         try:
             options = replace(
                 options,
