@@ -46,6 +46,10 @@ _UNLOCKED_BACKENDS_WHY = {
     "paxos": "nobody renews the leases",
     "nop": "nobody knows any more who had which image",
 }
+_KEPT = (
+    ", with the locks that the kernel keeps until they close them: reads and writes that the kernel serves "
+    "go on, all else (fsync too) fails until the images are opened anew"
+)
 _UNKNOWN_WHY = "its options are not known to be those of now, so its leases may not be renewed"
 _DEAD = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
 _MNT_DETACH = 2
@@ -62,8 +66,8 @@ class State(enum.Enum):
     SILENT = "silent"
 
 
-def state_of(mount: Mounted, deadline_s: float = ANSWER_S) -> State:
-    """Ask a mount whether somebody serves it; never waits longer than about `deadline_s` seconds."""
+def state_of(mount: Mounted) -> State:
+    """Ask a mount whether somebody serves it; never waits much longer than ANSWER_S."""
 
     def ask() -> int:
         try:
@@ -72,7 +76,7 @@ def state_of(mount: Mounted, deadline_s: float = ANSWER_S) -> State:
             return 1 if error.errno in _DEAD else 0
         return 0
 
-    answer = in_child(ask, deadline_s)
+    answer = in_child(ask, ANSWER_S)
     if answer is None:
         return State.SILENT
     return State.DEAD if answer == 1 else State.LIVE
@@ -161,8 +165,7 @@ def _fence(mount: Mounted, options: MountOptions) -> None:
     else:
         head += f"{len(found.found)} programs have images of it open: {_listed(map(_name, found.found))}"
     if keeps_locks(mount, options):
-        keep = "; they stay, with the locks that the kernel keeps for them" if found.found else ""
-        _log.warning("%s%s.", head, keep)
+        _log.warning("%s%s.", head, _KEPT if found.found else "")
         return
     _log.warning("%s.", head)
     why = _UNLOCKED_BACKENDS_WHY.get(options.backend, "") if _has_names(mount, options) else _UNKNOWN_WHY
@@ -185,8 +188,9 @@ def _end_writers(mount: Mounted, why: str) -> None:
         users = users_of(mount.device)
         if users.unseen:
             raise SetupError(
-                f"{mount.point} is a dead lockfs mount, and {users.unseen} processes that may write images "
-                f"of it cannot be looked at: give lockfs CAP_SYS_PTRACE, or end them and unmount {mount.point}."
+                f"{mount.point} is a dead lockfs mount, and {users.unseen} processes that may write its "
+                "images cannot be looked at: give lockfs CAP_SYS_PTRACE, or end them and run "
+                f"`umount -l {mount.point}`."
             )
         writers = [user for user in users.found if can_write(user)]
         if not writers:
@@ -211,7 +215,7 @@ def _end_writers(mount: Mounted, why: str) -> None:
     )
 
 
-def can_write(user: FileUser, deadline_s: float = PROBE_S) -> bool:
+def can_write(user: FileUser) -> bool:
     """Whether a process can change images of a dead mount: through a mapping, or a passthrough.
 
     A passthrough is told from a file that lockfs served by reading a byte through the very same open file
@@ -221,7 +225,7 @@ def can_write(user: FileUser, deadline_s: float = PROBE_S) -> bool:
         return True
     if not user.writable:
         return False
-    return in_child(lambda: _served(user), deadline_s) != 0
+    return in_child(lambda: _served(user), PROBE_S) != 0
 
 
 def _served(user: FileUser) -> int:
