@@ -355,6 +355,32 @@ def test_what_came_into_its_place_is_left_alone(store: Path, tmp_path: Path) -> 
         assert second in table.read()
 
 
+def test_a_store_mounted_over_itself(store: Path) -> None:
+    """The dead mount hides the very store: it is cleared away before that is looked at."""
+    dead = start(store, store, "backend=nop")
+    kill_all_of(dead)
+    with mounted_anew(dead, "backend=nop") as anew:
+        assert (anew.path / "disk").stat().st_size == SIZE
+        assert remains_is_cleared(store)
+
+
+def test_other_mounts_on_it(store: Path, tmp_path: Path) -> None:
+    """What is mounted on a dead mount is not torn away with it."""
+    point = tmp_path / "a"
+    alive = start(store, point, "backend=nop")
+    (point / "below").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", point / "below"], check=True)
+    try:
+        kill_all_of(alive)
+        with pytest.raises(
+            SetupError, match=r"with other file systems mounted on it: unmount .*/below first"
+        ):
+            remains.clear(given(store, point, "backend=nop"))
+        assert table.at(str(point / "below"), table.read()) is not None
+    finally:
+        subprocess.run(["umount", "-l", point], check=True)
+
+
 def test_stacked_and_renamed(store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Several dead mounts on one point go, be they under the names that the options give."""
     point = tmp_path / "a"
