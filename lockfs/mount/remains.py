@@ -157,7 +157,7 @@ def _has_names(mount: Mounted, options: MountOptions) -> bool:
 def _fence(mount: Mounted, options: MountOptions) -> None:
     """Make sure that nobody writes without a lease what was open of a dead mount, and tell what was found."""
     found = users_of(mount.device)
-    head = f"{mount.point} has a lockfs of {mount.source} whose processes were all killed; "
+    head = f"{mount.point} has a lockfs of {mount.source} whose processes are all gone; "
     if not found.found:
         head += "no program has images of it open"
     elif len(found.found) == 1:

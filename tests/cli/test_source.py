@@ -161,7 +161,7 @@ def test_dead_mount_point(store: Path, point: Path, caplog: pytest.LogCaptureFix
         assert f"umount {point}" in refused(given(point, store), as_root=True)
         os.close(source.prepare(given(store, point), as_root=True).descriptor)
         assert not os.path.ismount(point)
-        assert f"{point} has a lockfs of {store} whose processes were all killed" in caplog.text
+        assert f"{point} has a lockfs of {store} whose processes are all gone" in caplog.text
     finally:
         if os.path.ismount(point) or str(point) in Path("/proc/self/mountinfo").read_text(encoding="utf-8"):
             mounted.unmount()

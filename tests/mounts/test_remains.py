@@ -174,7 +174,7 @@ def test_fcntl_keeps_its_writers(store: Path, tmp_path: Path, clients: contextli
         kill_all_of(dead)
         with mounted_anew(dead, "host=hostA,wait=0.2") as anew, clients:
             log = anew.log()
-            assert f"{dead.path} has a lockfs of {store} whose processes were all killed" in log
+            assert f"{dead.path} has a lockfs of {store} whose processes are all gone" in log
             assert "2 programs have images of it open: " in log and f"(pid {writer.process.pid})" in log
             assert "with the locks that the kernel keeps until they close them" in log
             assert writer.does("after") == "done"
@@ -419,7 +419,7 @@ def test_an_ordinary_user_clears_its_own(store: Path, tmp_path: Path, users_plac
     command += ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     command += ["env", f"XDG_RUNTIME_DIR={runtime}"]
     command += [sys.executable, "-m", "lockfs.cli.main", "-o", "backend=nop", str(store), str(point)]
-    for expected in ("", "whose processes were all killed; no program has images of it open."):
+    for expected in ("", "whose processes are all gone; no program has images of it open."):
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, done.stderr
         assert expected in done.stderr
