@@ -75,7 +75,7 @@ class _Mounter:
                 os.chdir("/")  # before there are other processes: each has a working directory of its own
             with self._journal():
                 raise_descriptor_limit()
-                store = source.prepare(self._options, as_root=not os.geteuid())
+                store = source.prepare(self._options, as_root=not os.geteuid(), clears=not fake)
             try:
                 self._options = _as_the_store(self._options, store)
                 if fake:

@@ -319,10 +319,12 @@ class Resource:
 
     # After a failure
 
-    def restore(self, hold: Hold, leader: Leader | None, written: HostRecord, *, unsettled: bool) -> None:
+    def restore(
+        self, area: Area, hold: Hold, leader: Leader | None, written: HostRecord, *, unsettled: bool
+    ) -> None:
         """Go on for a former process of this host: with what it held, and what it wrote last (recall.py)."""
-        self.hold, self.leader, self.unsettled = hold, leader, unsettled
-        self._written = written
+        self.hold, self.leader = hold, leader
+        self._contest.area, self._contest.written, self._contest.unsettled = area, written, unsettled
 
     async def settle(self) -> None:
         """Put in order what a failed or cancelled step left: nothing of it may keep others out (section 15).
