@@ -47,8 +47,8 @@ _UNLOCKED_BACKENDS_WHY = {
     "nop": "nobody knows any more who had which image",
 }
 _KEPT = (
-    ", with the locks that the kernel keeps until they close them: reads and writes that the kernel serves "
-    "go on, all else (fsync too) fails until the images are opened anew"
+    ", with the locks that the kernel keeps until they close them: what the kernel reads and writes for them "
+    "goes on, all else (fsync too) fails until the images are opened anew"
 )
 _UNKNOWN_WHY = "its options are not known to be those of now, so its leases may not be renewed"
 _DEAD = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
