@@ -26,14 +26,20 @@ from lockfs.errors import ImageBusy
 _PAUSE_S_MAX = 0.002
 
 
+def _store(spec: dict[str, Any]) -> int:
+    """The store's descriptor: the one given, or a new one."""
+    given = spec.get("store_fd")
+    return given if isinstance(given, int) else os.open(spec["store"], os.O_PATH | os.O_DIRECTORY)
+
+
 def _fcntl(spec: dict[str, Any]) -> Backend:
-    store = os.open(spec["store"], os.O_PATH | os.O_DIRECTORY)
+    store = _store(spec)
     return FcntlBackend(FcntlOptions(**spec["options"]), store, spec["host"])
 
 
 def _paxos(spec: dict[str, Any]) -> Backend:
     options = spec["options"] | {"layout": LayoutKind(spec["options"]["layout"])}
-    store = os.open(spec["store"], os.O_PATH | os.O_DIRECTORY)
+    store = _store(spec)
     return PaxosBackend(PaxosOptions(**options), store, spec["host"])
 
 

@@ -194,7 +194,7 @@ class PaxosBackend(Backend):
             nursery.start_soon(self._membership.run)
             nursery.start_soon(self._settle_late)
             nursery.start_soon(self._answer_calls)
-            if self._options.join_wait:
+            if self._options.join_wait and self._membership.epoch is None:
                 try:
                     await self._membership.ready()
                 except BackendError as error:
