@@ -25,6 +25,7 @@ SHORT = {
     "heartbeat": 0.4,
     "start": 2.0,
     "loop_steady": 10.0,
+    "loop_killed": 10.0,
     "fenced_retry": 0.2,
     "clone_retry": 0.1,
 }

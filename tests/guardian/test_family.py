@@ -172,9 +172,10 @@ def test_crash_loop_after_the_end(family: Family) -> None:
     assert (ending["code"], len(family.of("turn"))) == (2, 5)
 
 
-def test_steady_workers_are_no_crash_loop(family: Family) -> None:
-    """Deaths count only if they come soon after the start."""
-    family.start(limits={"loop_steady": 0.0})
+@pytest.mark.parametrize("steady", [0.0, 10.0])
+def test_steady_workers_are_no_crash_loop(family: Family, steady: float) -> None:
+    """Deaths count only if they come soon after the start; those by SIGKILL, only if nothing was served yet."""
+    family.start(limits={"loop_steady": steady, "loop_killed": 0.0})
     for count in range(2, 9):
         kill(family.complete()["worker"])
         family.turns(count)
@@ -244,7 +245,7 @@ def test_guardian_is_small(family: Family) -> None:
 
 def test_descriptors_stay_few(family: Family) -> None:
     """However often members are killed, the shared table does not grow."""
-    family.start(limits={"loop_steady": 0.0})
+    family.start(limits={"loop_steady": 0.0, "loop_killed": 0.0})
     counts = []
     for count in range(2, 8):
         pids = family.complete()
