@@ -15,12 +15,11 @@ from lockfs.cli.serving import Serve, Served, Worker
 from lockfs.errors import EXIT_OK, EXIT_SYSTEM, LockfsError, UsageError
 from lockfs.guardian import long_values, upgrade
 from lockfs.guardian.family import Plan, guard
-from lockfs.guardian.upgrade import CAN_RESUME, Program
+from lockfs.guardian.upgrade import CAN_RESUME, OPTIONS, Program
 from lockfs.journal.memory import JournalError, SharedMemory
 from lockfs.mount.kernelmount import KernelMount
 from lockfs.mount.options import MountOptions
 
-OPTIONS = "guardian:options"
 KEPT = "guardian:kept"
 
 _log = logging.getLogger("lockfs")
@@ -79,12 +78,12 @@ def remember(served: Served, shown: Sequence[str]) -> None:
         "background": served.background,
         "shown": list(shown),
     }
-    long_values.put(facts, OPTIONS, value)
+    long_values.replace(facts, OPTIONS, value)
     facts.set(KEPT, {"fds": [served.source_fd, mounted.device_fd]})
 
 
 def _remembered(memory: SharedMemory, serve: Serve) -> tuple[Served, list[str]]:
-    value = long_values.get(memory.facts, OPTIONS)
+    value = long_values.current(memory.facts, OPTIONS)
     if not isinstance(value, dict):
         raise JournalError("The journal has no options.")
     try:

@@ -112,7 +112,8 @@ class Worker:
 
     def _report_death(self) -> None:
         turn = self._turn
-        _log.error(
+        _log.log(
+            logging.INFO if turn.upgraded else logging.ERROR,
             "The process that served %s %s: process %d takes over (turn %d).",
             self._options.mountpoint,
             turn.died,
