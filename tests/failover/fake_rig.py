@@ -109,7 +109,7 @@ def _spoilers(store: Path) -> dict[str, Callable[[], object]]:
         "listing": lambda: next((store / "listing/turn0").glob("entry-01*")).unlink(),
         "names": (store / "names/turn0/target").unlink,
         "directories": lambda: (store / "directories/turn0/outer").mkdir(exist_ok=True),
-        "attributes": lambda: os.chmod(store / "attributes/turn0/file", 0o777),
+        "attributes": (store / "attributes/turn0/file").unlink,
         "truncate": lambda: os.truncate(store / "truncate/turn0/file", 5),
         "links": lambda: os.link(store / "links/turn0/file", store / "links/turn0/alias"),
         "opens": lambda: (store / "opens/turn0/1.img").write_bytes(bytes(4096)),
@@ -143,7 +143,7 @@ def main() -> int:
     plan = kills.Plan(
         arguments.count,
         arguments.whom,
-        seconds=2.0,
+        seconds=3.0,
         pause_s=0.3,
         only=tuple(arguments.only.split(",")),
         repair_s=PATIENCE_S,

@@ -214,7 +214,7 @@ def steady(mark: str) -> list[str]:
 
 
 def leaked(mark: str, before: list[str], within: float) -> list[str]:
-    """What the table has more or less than before; it gets `within` seconds, for RELEASE and FORGET come late."""
+    """What the table has more or less than before, after `within` seconds: RELEASE and FORGET come late."""
     end = time.monotonic() + within
     while True:
         family = servers.find(mark)
