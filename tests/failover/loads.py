@@ -185,6 +185,7 @@ def main() -> int:
     try:
         run(load, board)
     except SystemExit:
+        load.abandon()
         raise
     except BaseException as error:
         recorder.fault(f"the load itself failed: {error!r}")
