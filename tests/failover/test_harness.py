@@ -38,7 +38,6 @@ def test_a_family_that_repairs_itself_is_good(tmp_path: Path, whom: str) -> None
     assert len(set(pids)) == len(pids) == 3 * (2 if whom == "both" else 1)
     assert report["facts"]["servers"]["guardian"] not in pids
     assert all(row["stall_of"] for row in report["kills"])
-    assert report["stalls"]["longest_ms"] > 0
 
 
 def test_nobody_replaced_is_told(tmp_path: Path) -> None:
