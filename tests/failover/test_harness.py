@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +108,17 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     record = Record("load", [Request("load", what, at, at + 1) for at, what in enumerate("abca")])
     record.write(tmp_path / "load.json")
     assert Record.read(tmp_path / "load.json") == record
+
+
+def test_roles_of_the_journal() -> None:
+    """A journal tells the roles to whoever may look into the process that has it."""
+    assert servers.journal_words(os.getpid()) is None
+    descriptor = os.memfd_create("lockfs-journal")
+    try:
+        os.write(descriptor, struct.pack("=qqqqqq", 1, 2, 11, 12, 13, 14))
+        assert servers.journal_words(os.getpid()) == (11, 12, 13, 14)
+    finally:
+        os.close(descriptor)
 
 
 def test_roles_without_a_family() -> None:
