@@ -55,8 +55,8 @@ class _Process:
 def find(mark: str) -> Servers:
     """The processes of the mount that was started with this mark, as their journal has it.
 
-    Without a journal by what they look like: the worker has the most threads and the library of FUSE; the spare has the library and one thread; of
-    the others the guardian is the twin's parent.
+    Without a journal by what they look like: the worker has the most threads and the library of FUSE; the
+    spare has the library and one thread; of the others the guardian is the twin's parent.
     """
     looked = [process for pid in marked(mark) if (process := _look(pid)) is not None]
     found = [process for process in looked if process.state not in "ZX"]
@@ -71,7 +71,7 @@ def find(mark: str) -> Servers:
 
 
 def journal_words(pid: int) -> tuple[int, int, int, int] | None:
-    """Guardian, twin, worker and spare as the journal's header has them; None if the process has no journal."""
+    """Guardian, twin, worker and spare as the journal's header has them; None: no journal."""
     with contextlib.suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/fd"):
             path = f"/proc/{pid}/fd/{name}"
