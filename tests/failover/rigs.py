@@ -220,7 +220,7 @@ def _kinds(table: list[str]) -> Counter[str]:
 
 
 def leaked(mark: str, before: list[str], within: float) -> list[str]:
-    """What the table has more or less than before; it gets `within` seconds, RELEASE and FORGET are late."""
+    """What the table has more or less than before, after `within` seconds: RELEASE and FORGET come late."""
     end = time.monotonic() + within
     while True:
         family = servers.find(mark)
