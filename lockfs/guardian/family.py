@@ -238,7 +238,7 @@ class _Family:
         if header.turns == 1 and not words.ready_ns:
             return self._failed_start(code, how)
         served = (time.monotonic_ns() - words.ready_ns) / 1e9 if words.ready_ns else 0.0
-        # What kills from outside (SIGKILL) comes as it comes; a loop it is only if workers never get to serve.
+        # What kills from outside (SIGKILL) comes as it comes: a loop only if workers never get to serve.
         outside = words.death in (death.KILLED, death.UNKNOWN)
         steady = self._limits.loop_killed if outside else self._limits.loop_steady
         words.deaths = 0 if served >= steady else words.deaths + 1

@@ -168,7 +168,7 @@ def test_crash_loop_after_the_end(family: Family) -> None:
 
 @pytest.mark.parametrize("steady", [0.0, 10.0])
 def test_steady_workers_are_no_crash_loop(family: Family, steady: float) -> None:
-    """Deaths count only if they come soon after the start; those by SIGKILL, only if nothing was served yet."""
+    """Deaths count only if they come soon after the start; by SIGKILL, only if nothing was served yet."""
     family.start(limits={"loop_steady": steady, "loop_killed": 0.0})
     for count in range(2, 9):
         kill(family.complete()["worker"])
