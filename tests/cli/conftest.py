@@ -103,10 +103,18 @@ class Stub:
         return self.servers()
 
     def named(self, name: str) -> int:
-        """The process of the family with that name."""
-        found = [pid for pid in self.family() if Path(f"/proc/{pid}/comm").read_text().strip() == name]
-        assert len(found) == 1, found
-        return found[0]
+        """The process of the family with that name, once everybody has one."""
+        found: dict[str, int] = {}
+
+        def is_there() -> bool:
+            found.clear()
+            for pid in self.servers():
+                with contextlib.suppress(OSError):
+                    found[Path(f"/proc/{pid}/comm").read_text().strip()] = pid
+            return len(found) == FAMILY and name in found
+
+        until(is_there, f"there is a {name}")
+        return found[name]
 
     def end(self) -> None:
         """Unmount, and see every server end."""

@@ -46,20 +46,21 @@ def _body(opcode: int) -> bytes | None:
     return None
 
 
-def respond(device_fd: int, ready: Callable[[], None], turn: Turn) -> None:
+def respond(device_fd: int, ready: Callable[[], None], turn: Turn | None = None) -> None:
     """Answer requests until the mount is gone; `ready` is called after INIT was answered.
 
     On a later turn what a former server had read is asked for again.
     """
-    if not turn.first:
+    if turn is not None and not turn.first:
         with contextlib.suppress(OSError):  # unmounted
             os.write(device_fd, _OUT.pack(16, NOTIFY_RESEND, 0))
         ready()
     waiting = select.poll()
     waiting.register(device_fd, select.POLLIN)
     while True:
-        turn.beat()
-        turn.look_around()
+        if turn is not None:
+            turn.beat()
+            turn.look_around()
         if not waiting.poll(100):
             continue
         try:
