@@ -20,7 +20,6 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 import trio
@@ -305,18 +304,17 @@ class FcntlBackend(Backend):
         await self._former.settle_all()
 
     def _note(self, lease: FcntlLease, stage: Stage) -> None:
-        """Remember how far the lease has come. What the note must not lose: the lock file's descriptor."""
+        """Remember how far the lease has come. What the note must not lose: the lock file's descriptor.
+
+        Until the lock is had the descriptor is not named: then the next worker's sweep closes it.
+        """
         image, file = lease.image, lease.lock_file
         facts: dict[str, object] = {"image": image.descriptor, "device": lease.device}
+        if self._lock_files is not None:
+            facts["file"] = self._lock_files.name_of(image.path).decode()
         if file is not None:
-            facts |= {"file": file.name.decode(), "fd": [file.descriptor]}
+            facts["fd"] = [file.descriptor]
         self._ledger.note(image.inode, stage, lease.mode, **facts)
-
-    def _note_file(self, lease: FcntlLease, stage: Stage, name: bytes, descriptor: int | None) -> None:
-        """Remember a lock file's descriptor before it can carry a lock, or forget it before it is closed."""
-        facts: dict[str, object] = {} if descriptor is None else {"fd": [descriptor]}
-        facts |= {"image": lease.image.descriptor, "device": lease.device, "file": name.decode()}
-        self._ledger.note(lease.image.inode, stage, lease.mode, **facts)
 
     async def _in_thread(self, work: Callable[..., _T], *arguments: object) -> _T:
         return await trio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
@@ -353,8 +351,7 @@ class FcntlBackend(Backend):
             return False
         if self._lock_files is None:
             return True
-        named = partial(self._note_file, lease, Stage.TAKING)
-        lease.lock_file = self._lock_files.take(image.path, lease.mode, named)
+        lease.lock_file = self._lock_files.take(image.path, lease.mode)
         return lease.lock_file is not None
 
     def _release(self, lease: FcntlLease) -> None:
@@ -369,7 +366,8 @@ class FcntlBackend(Backend):
         if lease.lock_file is not None:
             lock_file, lease.lock_file = lease.lock_file, None
             try:
-                lock_file.give_back(partial(self._note_file, lease, Stage.ENDING, lock_file.name, None))
+                # The note first, without the descriptor, whose number is free when it is closed.
+                lock_file.give_back(lambda: self._note(lease, Stage.ENDING))
             except OSError as error:
                 problem = error
         try:

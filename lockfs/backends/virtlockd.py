@@ -77,31 +77,28 @@ class LockDirectory:
         """Close the directory; every lock file was given back before."""
         os.close(self._fd)
 
-    def take(
-        self, path: bytes, mode: Mode, named: Callable[[bytes, int | None], None] = lambda name, fd: None
-    ) -> LockFile | None:
-        """Lock the image's lock file; None if somebody holds it.
+    def name_of(self, path: bytes) -> bytes:
+        """The name of the image's lock file."""
+        return lock_file_name(self._prefix, path)
 
-        `named` is told the file's name and descriptor before the lock is taken; and None for a descriptor
-        before it is closed, while its number cannot be another file's yet.
+    def take(self, path: bytes, mode: Mode) -> LockFile | None:
+        """Lock the image's lock file; None if somebody holds it.
 
         Raises:
             OSError: the storage failed, or the file belongs to another user.
         """
-        return self._take(lock_file_name(self._prefix, path), mode, named)
+        return self._take(self.name_of(path), mode)
 
-    def _take(self, name: bytes, mode: Mode, named: Callable[[bytes, int | None], None]) -> LockFile | None:
+    def _take(self, name: bytes, mode: Mode) -> LockFile | None:
         for _ in range(REPLACED_TRIES):
             fd = os.open(name, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o600, dir_fd=self._fd)
             keep = False
             try:
-                named(name, fd)
                 if not ofd.try_lock(fd, _kind(mode), LOCK_BYTE):
                     return None
                 keep = self._still_named(name, fd)
             finally:
                 if not keep:
-                    named(name, None)
                     os.close(fd)
             if keep:
                 return LockFile(self._fd, name, fd)
@@ -129,7 +126,7 @@ class LockDirectory:
 
     def clean(self, name: bytes) -> None:
         """Remove a file that a former worker made and did not come to lock, or to remove; raises OSError."""
-        file = self._take(name, Mode.EXCLUSIVE, lambda name, fd: None)
+        file = self._take(name, Mode.EXCLUSIVE)
         if file is not None:
             file.give_back()
 

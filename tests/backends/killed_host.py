@@ -115,7 +115,6 @@ class Worker:
         self._rival = rival
         self._mode, self._other = Mode(task["mode"]), Mode(task["other"])
         self._kept = kept
-        self._trouble: list[str] = []
         self._trap = Trap(memory)
 
     def run(self, nth: int) -> int:
@@ -125,11 +124,7 @@ class Worker:
             self._rival.tell("hammer")
         for descriptor in open_descriptors() - self._kept - self._memory.named_descriptors():
             os.close(descriptor)
-        outcome = trio.run(self._serve, nth)
-        if self._trouble:
-            print(f"worker {nth}: {'; '.join(self._trouble)}", file=sys.stderr)
-            return TROUBLE
-        return outcome
+        return trio.run(self._serve, nth)
 
     async def _serve(self, nth: int) -> int:
         spec, store = self._task["maker"], self._task["store"]
@@ -140,7 +135,8 @@ class Worker:
         held, lease = self._facts.get(HELD), None
         if held is not None:
             lease = await backend.recall(image, Mode(held), owner)
-            self._expect(lease is not None, "a lease that was held was not recalled")
+            late = self._task["step"] == "release-late"  # its keeper is told only when it was released
+            self._expect(late or lease is not None, "a lease that was held was not recalled")
         async with trio.open_nursery() as nursery:
             await nursery.start(backend.run)
             await backend.settle()
@@ -162,13 +158,20 @@ class Worker:
         return Image(os.fstat(descriptor).st_ino, name.encode(), descriptor)
 
     def _expect(self, true: bool, what: str) -> None:
+        """End at once if it is not so: a moment later this worker may be killed."""
         if not true:
-            self._trouble.append(what)
+            print(f"{self._task['step']}: {what}", file=sys.stderr, flush=True)
+            os._exit(TROUBLE)
 
     async def _let_go(self, backend: Backend, lease: Lease | None) -> None:
         """The rival had nothing as long as the lease was held, and has all as soon as it is not."""
+        won = self._rival.ask("stop")
         if self._facts.get(HELD) is not None:
-            self._expect(self._rival.ask("stop") == "0", "another host got the image in between")
+            self._expect(won == "0" or lease is None, "another host got the image in between")
+        if lease is not None:
+            word = "share" if lease.mode is Mode.SHARED else "peek"
+            shared = await trio.to_thread.run_sync(self._rival.ask, word)
+            self._expect((shared == "won") is (lease.mode is Mode.SHARED), f"{lease.mode}, and {shared}")
         if lease is not None:
             self._facts.remove(HELD)
             await backend.release(lease)
@@ -177,10 +180,10 @@ class Worker:
 
     async def _step(self, backend: Backend, image: Image, owner: Owner, nth: int) -> int:
         step, lease = self._task["step"], None
-        if step in ("release", "convert"):
+        if step in ("release", "release-late", "convert"):
             lease = await backend.acquire(image, self._mode, owner, trio.current_time() + ATTEMPT_S)
             self._facts.set(HELD, self._mode.value)
-        if step == "convert":
+        if step in ("convert", "release-late"):
             self._rival.tell("hammer")
         self._trap.arm(nth)
         try:
@@ -188,6 +191,10 @@ class Worker:
                 assert lease is not None
                 self._facts.remove(HELD)
                 await backend.release(lease)
+            elif step == "release-late":
+                assert lease is not None
+                await backend.release(lease)
+                self._facts.remove(HELD)
             elif step == "convert":
                 assert lease is not None
                 await backend.convert(lease, self._other, trio.current_time() + ATTEMPT_S)
@@ -204,8 +211,7 @@ class Worker:
             self._rival.tell("hammer")
         if step == "first" and lease is not None:
             await backend.release(lease)
-            lease = None
-        await self._let_go(backend, None if step == "release" else lease)
+        await self._let_go(backend, lease if step in ("acquire", "convert") else None)
         return DONE
 
 

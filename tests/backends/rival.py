@@ -1,7 +1,8 @@
 """A host that tries for an image when it is told to: see killed_host.py.
 
 Reads words, one a line. `hammer`: try all the time from now on. `stop`: no more; answers how often it got
-the image. `win NAME`: try for that one until it is had; answers "won", or "busy" after WIN_S. `end`: end.
+the image. `win NAME`: try for that one until it is had; answers "won", or "busy" after WIN_S. `share`: the
+same for a SHARED lease of the image; `peek`: for PEEK_S only. `end`: end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lockfs.backends.base import Backend, Image, Mode, Owner
 from lockfs.errors import ImageBusy
 from tests.backends.contender import BACKENDS
 
-WIN_S = 10.0
+WIN_S, PEEK_S = 10.0, 0.5
 PAUSE_S = 0.02
 ATTEMPT_S = 5.0
 
@@ -42,11 +43,11 @@ class Rival:
             self._images[name] = Image(os.fstat(descriptor).st_ino, name.encode(), descriptor)
         return self._images[name]
 
-    async def tries(self, name: str = "") -> bool:
+    async def tries(self, name: str = "", mode: Mode = Mode.EXCLUSIVE) -> bool:
         """Try once, and give back what it got."""
         try:
             lease = await self._backend.acquire(
-                self._image(name or self._name), Mode.EXCLUSIVE, self._owner, trio.current_time() + ATTEMPT_S
+                self._image(name or self._name), mode, self._owner, trio.current_time() + ATTEMPT_S
             )
         except ImageBusy:
             return False
@@ -73,14 +74,22 @@ class Rival:
         async with self._idle:
             return str(self.won)
 
-    async def win(self, name: str) -> str:
+    async def win(self, name: str = "", mode: Mode = Mode.EXCLUSIVE, within: float = WIN_S) -> str:
         """Whether an image could be had."""
-        with trio.move_on_after(WIN_S):
-            while not await self.tries(name):
+        with trio.move_on_after(within):
+            while not await self.tries(name, mode):
                 await trio.sleep(PAUSE_S)
             self.won = 0
             return "won"
         return "busy"
+
+    async def answer(self, word: str) -> str:
+        """What one of the words asks for."""
+        if word == "stop":
+            return await self.stop()
+        if word in ("share", "peek"):
+            return await self.win(mode=Mode.SHARED, within=WIN_S if word == "share" else PEEK_S)
+        return await self.win(word.removeprefix("win "))
 
 
 async def main(task: dict[str, Any]) -> None:
@@ -99,8 +108,7 @@ async def main(task: dict[str, Any]) -> None:
                 nursery.start_soon(rival.hammer)
                 await trio.sleep(0)
             else:
-                name = word.removeprefix("win ")
-                print(await (rival.stop() if word == "stop" else rival.win(name)), flush=True)
+                print(await rival.answer(word), flush=True)
         nursery.cancel_scope.cancel()
     await backend.stop()
 

@@ -29,6 +29,7 @@ STEPS = {
     "acquire-shared": ("acquire", "shared", ""),
     "release-exclusive": ("release", "exclusive", ""),
     "release-shared": ("release", "shared", ""),
+    "release-told-late": ("release-late", "exclusive", ""),
     "weaken": ("convert", "exclusive", "shared"),
     "strengthen": ("convert", "shared", "exclusive"),
 }
@@ -68,5 +69,5 @@ def kills(maker: Maker, step: str) -> dict[str, Any]:
 def test_killed_at_every_call(name: str, step: str, tmp_path: Path) -> None:
     """Of one step."""
     report = kills(_maker(name, tmp_path), step)
-    assert (report["status"], report["named"], report["rival"]) == (DONE, [], 0), report["errors"]
+    assert (report["status"], report["named"], report["rival"], report["errors"]) == (DONE, [], 0, "")
     assert report["killed"] > 6

@@ -341,14 +341,17 @@ class PaxosBackend(Backend):
         while True:
             await trio.sleep(SETTLE_RETRY_S)
             await self._unsettled.retry()
-            for inode, lease in list(self._leases.items()):
-                if lease.resource.unsettled:
-                    async with self._unsettled.turn(inode):
-                        await self._settle_shared(lease.resource)
+            await self._settle_conversions()
             epoch = self._membership.epoch
             if self._settling and epoch is not None and epoch.state is LeaseState.HELD:
                 await self._settle_all(epoch)
             await self._opened().settle()
+
+    async def _settle_conversions(self) -> None:
+        for inode, lease in list(self._leases.items()):
+            if lease.resource.unsettled:
+                async with self._unsettled.turn(inode):
+                    await self._settle_shared(lease.resource)
 
     async def _busy(self, image: Image, place: Place, refusal: Refused) -> ImageBusy:
         try:
@@ -455,6 +458,7 @@ class PaxosBackend(Backend):
         takes.
         """
         self._settling = True
+        await self._settle_conversions()
         if not self._former.inodes():
             return
         try:
