@@ -117,7 +117,7 @@ class SharedDisk:
     def _detour(self, name: str) -> str:
         path = self.cluster.fleet.work / f"{name}.nbd"
         disk = f"driver=raw,file.driver=file,file.filename={self._area},file.locking=off,file.cache.direct=on"
-        command = [self.cluster.build.program("qemu-nbd"), "-t", "-k", path, "--image-opts", disk]
+        command = [self.cluster.build.program("qemu-nbd"), "-t", "-k", str(path), "--image-opts", disk]
         process = self.cluster.fleet.spawn([*command, "--cache=none"])
         self._servers[name] = [process]
         eventually(path.exists, "qemu-nbd listens")

@@ -179,9 +179,7 @@ def _make_tree(tree: Path) -> None:
     for name in ("netconfig", "services", "protocols", "nsswitch.conf"):
         if Path("/etc", name).exists():
             shutil.copy(Path("/etc", name), tree / "etc")
-    _put(tree, _program("busybox"))
-    if not (tree / "usr/bin/busybox").exists():
-        shutil.copy(_program("busybox"), tree / "usr/bin/busybox")
+    shutil.copy(_program("busybox"), tree / "usr/bin/busybox")
     (tree / "usr/bin/sh").symlink_to("busybox")
     programs = [_program(name) for name in PROGRAMS]
     for program in programs:
