@@ -17,6 +17,7 @@ from lockfs.guardian import long_values, upgrade
 from lockfs.guardian.family import Plan, guard
 from lockfs.guardian.upgrade import CAN_RESUME, OPTIONS, Program
 from lockfs.journal.memory import JournalError, SharedMemory
+from lockfs.linux import calls
 from lockfs.mount.kernelmount import KernelMount
 from lockfs.mount.options import MountOptions
 
@@ -28,6 +29,8 @@ _log = logging.getLogger("lockfs")
 def prepare_worker() -> None:
     """Import what a worker needs, before it is needed."""
     import lockfs.mount.serve  # noqa: PLC0415, F401  (never in the guardian)
+
+    calls.keep_heap_small()
 
 
 def program_of(module: str, shown: Sequence[str]) -> Program:

@@ -130,6 +130,22 @@ def pidfd_getfd(pidfd: int, descriptor: int) -> int:
     return _check(int(_libc.syscall(_SYS_PIDFD_GETFD, ctypes.c_int(pidfd), number, ctypes.c_uint(0))))
 
 
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+ARENAS = 2
+MAPPED_BYTES = 256 << 10
+
+
+def keep_heap_small() -> None:
+    """Have the C library's malloc give back what is freed (mallopt(3)), where there is such a thing.
+
+    Without it each thread gets an arena of its own, and large buffers stay in it for ever.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, ARENAS)
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
 def unshare_fs() -> None:
     """Give the calling thread a umask and a working directory of its own (unshare(2), CLONE_FS)."""
     _check(_libc.unshare(CLONE_FS))
