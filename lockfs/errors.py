@@ -36,6 +36,10 @@ class SetupError(LockfsError):
     exit_code = EXIT_MOUNT
 
 
+class HopelessError(LockfsError):
+    """What a killed worker of a mount left cannot be taken over, by this one or any other."""
+
+
 class ImageBusy(LockfsError):
     """The image is held by somebody else; the sentence names the holder."""
 

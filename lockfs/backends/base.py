@@ -12,11 +12,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
-
-import trio
+from typing import TYPE_CHECKING, Protocol
 
 from lockfs.errors import BackendError
+
+if TYPE_CHECKING:  # the guardian imports this module for its values, and must not import trio
+    import trio
 
 
 class Mode(enum.Enum):
@@ -189,6 +190,16 @@ class Forgetful:
         return {key: json.loads(text) for key, text in found if key.startswith(prefix)}
 
 
+class _Unheard:
+    """A task status that nobody waits for."""
+
+    def started(self, value: None = None) -> None:
+        """Nothing."""
+
+
+_UNHEARD = _Unheard()
+
+
 class Backend(ABC):
     """One way to guard images. All methods run on the trio thread and never block it.
 
@@ -228,12 +239,14 @@ class Backend(ABC):
         all recalls and while `run` is running; `acquire` of such an image waits for its own part only.
         """
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = _UNHEARD) -> None:
         """Do what must go on while leases are held, from `start` until cancelled before `stop`.
 
         Raises:
             SetupError: before `task_status.started()`, leases cannot be taken and that was asked to be known.
         """
+        import trio  # noqa: PLC0415  (see above)
+
         task_status.started()
         await trio.sleep_forever()
 

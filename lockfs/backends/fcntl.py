@@ -38,6 +38,7 @@ from lockfs.backends.base import (
     Mode,
     Owner,
 )
+from lockfs.backends.fcntl_options import FcntlOptions
 from lockfs.backends.former_locks import FormerLocks
 from lockfs.backends.owners import OwnerRecords
 from lockfs.backends.remembered import Ledger, Stage
@@ -55,21 +56,6 @@ _HOST_CHARS_MAX = 64
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FcntlOptions:
-    """Whom the backend keeps out besides other lockfs hosts, which it always does.
-
-    `virtlockd`: hosts whose virtlockd locks the image itself. `qemu`: QEMU run without lockfs. `lock_dir`:
-    the shared lockspace directory of virtlockd's indirect mode, and `lock_path` the store's path as those
-    hosts write it in their domain XML, byte for byte.
-    """
-
-    virtlockd: bool = True
-    qemu: bool = True
-    lock_dir: str | None = None
-    lock_path: str | None = None
 
 
 @dataclass

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 from dataclasses import dataclass
 
 from lockfs.backends.image_locks import OWN_BYTE
@@ -92,7 +91,7 @@ def check_store(store_fd: int) -> None:
 
 
 def _try_locks(store_fd: int) -> None:
-    name = _PROBE_PREFIX + secrets.token_hex(8).encode()
+    name = _PROBE_PREFIX + os.urandom(8).hex().encode()
     try:
         with contextlib.suppress(FileExistsError):
             os.mkdir(STATE_DIR, 0o700, dir_fd=store_fd)

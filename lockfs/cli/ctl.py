@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lockfs import __version__
-from lockfs.cli import areas, fencing, lockspace
+from lockfs.cli import areas, fencing, lockspace, upgrading
 from lockfs.cli.asking import TIMEOUT_S, Found, Mount, locate, running_mounts
 from lockfs.cli.table import local_time, printable, render
 from lockfs.errors import EXIT_OK, EXIT_SYSTEM, EXIT_USAGE, LockfsError
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print JSON, for programs")
     lockspace.add_commands(commands)
     fencing.add_commands(commands)
+    upgrading.add_commands(commands)
     areas.add_commands(commands)
     return parser
 
@@ -165,7 +166,7 @@ def run(argv: Sequence[str], folder: Path | None = None) -> int:
         return end.code if isinstance(end.code, int) else EXIT_USAGE
     if arguments.command in areas.COMMANDS:
         return areas.COMMANDS[arguments.command](arguments)
-    for commands in (lockspace.COMMANDS, fencing.COMMANDS):
+    for commands in (lockspace.COMMANDS, fencing.COMMANDS, upgrading.COMMANDS):
         if arguments.command in commands:
             return commands[arguments.command](arguments, folder)
     found = Found()

@@ -35,7 +35,7 @@ class Reporter:
         self._report(bytes([_MOUNTED]))
 
     def ready(self) -> None:
-        """Leave the terminal and tell the parent that the mount serves."""
+        """Leave the terminal, with all processes of the mount, and tell the parent that it serves."""
         _leave_terminal()
         self._report(bytes([_READY]), final=True)
 
@@ -54,7 +54,6 @@ class Reporter:
 
 
 def _leave_terminal() -> None:
-    os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

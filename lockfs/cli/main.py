@@ -7,42 +7,36 @@ foreground, in a child that is given START_DEADLINE_S.
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import logging
 import os
 import resource
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 from lockfs.cli import options as command_line
 from lockfs.cli.daemon import START_DEADLINE_S, Reporter, in_background
 from lockfs.cli.journal import Journal
+from lockfs.cli.resuming import plan_of, program_of, remember, resume
+from lockfs.cli.serving import Serve, Served, serve_mount
 from lockfs.cli.table import printable
-from lockfs.errors import EXIT_OK, EXIT_SYSTEM, LockfsError, SetupError, UsageError, exit_code_of
+from lockfs.errors import EXIT_MOUNT, EXIT_OK, EXIT_SYSTEM, LockfsError, UsageError, exit_code_of
+from lockfs.guardian.family import Ending, guard
+from lockfs.guardian.upgrade import CAN_RESUME, RESUME, Program
+from lockfs.journal.memory import SharedMemory
 from lockfs.mirror.modes import IoMode
 from lockfs.mount import kernelmount, source
 from lockfs.mount.kernelmount import KernelMount
 from lockfs.mount.options import MountOptions
-
-Serve = Callable[[MountOptions, int, int, Callable[[], None]], None]
+from lockfs.mount.source import Source
 
 _log = logging.getLogger("lockfs")
 
 
 def _complain(sentence: str) -> None:
     print(f"lockfs: {printable(sentence)}", file=sys.stderr, flush=True)
-
-
-def _serve(options: MountOptions, source_fd: int, device_fd: int, ready: Callable[[], None]) -> None:
-    from lockfs.mount.serve import serve  # noqa: PLC0415  (keeps --help and wrong options fast)
-
-    serve(options, source_fd, device_fd, ready)
 
 
 def raise_descriptor_limit() -> None:
@@ -60,130 +54,111 @@ def raise_descriptor_limit() -> None:
     _log.warning("The limit of open files stays at %d.", soft)
 
 
-def _unmount_for(reason: str, mounted: KernelMount) -> None:
-    """Runs on a thread of its own: the serving thread must go on answering while the mount ends."""
-    try:
-        mounted.unmount()
-    except (OSError, LockfsError, subprocess.SubprocessError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EBUSY:
-            users = ", ".join(kernelmount.users_of(mounted.mountpoint)) or "somebody in another namespace"
-            _log.warning(
-                "%s: %s stays mounted, it is in use by %s. End them first, then run `umount %s`.",
-                reason,
-                mounted.mountpoint,
-                users,
-                mounted.mountpoint,
-            )
-        else:
-            _log.warning("%s: %s could not be unmounted: %s", reason, mounted.mountpoint, error)
-
-
-def _unmount_on_signals(mounted: KernelMount) -> None:
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        reason = f"Got {signal.Signals(number).name}"
-        threading.Thread(target=_unmount_for, args=(reason, mounted), daemon=True).start()
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
-def _single(error: BaseException) -> BaseException:
-    """The one error inside groups of one, as nurseries make them."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
-
-
 class _Mounter:
-    """One mount from its checks to its end, in the process that serves it."""
+    """One mount from its checks to its end, in the process that becomes its guardian."""
 
-    def __init__(self, options: MountOptions, serve: Serve, reporter: Reporter | None) -> None:
+    def __init__(
+        self, options: MountOptions, serve: Serve, reporter: Reporter | None, program: Program
+    ) -> None:
         self._options = options
         self._serve = serve
         self._reporter = reporter
-        self._is_ready = False
+        self._program = program
 
     def run(self, *, fake: bool = False) -> int:
         """Mount and serve until unmounted; the exit code of the process."""
-        journal: Journal | None = None
         try:
             self._options = source.absolute(self._options)
-            journal = Journal(
-                self._options.mountpoint,
-                file=self._options.log,
-                debug=self._options.debug,
-                background=self._reporter is not None,
-            )
-            self._mount_and_serve(journal, fake=fake)
+            if os.geteuid() and self._options.io is IoMode.PASSTHROUGH:
+                raise UsageError("The option io=passthrough needs root: run lockfs as root, or give io=auto.")
+            if self._reporter is not None:
+                os.chdir("/")  # before there are other processes: each has a working directory of its own
+            with self._journal():
+                raise_descriptor_limit()
+                store = source.prepare(self._options, as_root=not os.geteuid(), clears=not fake)
+            try:
+                self._options = _as_the_store(self._options, store)
+                if fake:
+                    return EXIT_OK
+                return self._mount_and_guard(store)
+            finally:
+                os.close(store.descriptor)
         except BaseException as error:  # noqa: BLE001  (whatever it is: the log, the parent, the exit code)
-            return self._failed(_single(error))
-        finally:
-            if journal is not None:
-                journal.close()
-        return EXIT_OK
+            return self._failed(error)
+
+    def _journal(self) -> contextlib.closing[Journal]:
+        """The log, for as long as this process may have a thread."""
+        journal = Journal(
+            self._options.mountpoint,
+            file=self._options.log,
+            debug=self._options.debug,
+            background=self._reporter is not None,
+        )
+        return contextlib.closing(journal)
+
+    def _mount_and_guard(self, store: Source) -> int:
+        with self._journal():
+            mounted = kernelmount.mount(self._options, store.mode, as_root=not os.geteuid())
+        if self._reporter is not None:
+            self._reporter.mounted()
+        served = self._remembered(store.descriptor, mounted)
+        try:
+            ending = guard(plan_of(served, self._program, self._ready))
+        except OSError:
+            mounted.abandon()
+            raise
+        if ending.ready:
+            os.close(mounted.device_fd)
+            return ending.code
+        mounted.abandon()
+        return self._give_up(*_reason(ending))
+
+    def _remembered(self, source_fd: int, mounted: KernelMount) -> Served:
+        """What the workers are given, kept for the program that may go on after this one."""
+        memory = SharedMemory.create()
+        background = self._reporter is not None
+        served = Served(self._options, source_fd, mounted, background, self._serve, memory)
+        remember(served, self._program.shown)
+        return served
+
+    def _ready(self) -> None:
+        if self._reporter is not None:
+            self._reporter.ready()
 
     def _failed(self, error: BaseException) -> int:
-        """Tell the log and whoever waits; the exit code. Other errors than the expected are defects."""
-        mountpoint = self._options.mountpoint
+        """Tell whoever waits; the exit code. Other errors than the expected are defects, and for the log."""
         if isinstance(error, LockfsError | OSError):
-            code, sentence = exit_code_of(error), str(error)
-            if self._is_ready:
-                _log.error("%s ended: %s", mountpoint, sentence, exc_info=error)
-        elif isinstance(error, KeyboardInterrupt):
-            code, sentence = EXIT_SYSTEM, "Interrupted."
-        else:
-            code, sentence = EXIT_SYSTEM, f"A defect ended lockfs: {error!r}."
-            _log.critical("A defect ended lockfs on %s.", mountpoint, exc_info=error)
+            return self._give_up(exit_code_of(error), str(error))
+        if isinstance(error, KeyboardInterrupt):
+            return self._give_up(EXIT_SYSTEM, "Interrupted.")
+        with contextlib.suppress(LockfsError), self._journal():
+            _log.critical("A defect ended lockfs on %s.", self._options.mountpoint, exc_info=error)
+        return self._give_up(EXIT_SYSTEM, f"A defect ended lockfs: {error!r}.")
+
+    def _give_up(self, code: int, sentence: str) -> int:
         if self._reporter is not None:
             self._reporter.failed(code, sentence)
-        elif not self._is_ready:
+        else:
             _complain(sentence)
         return code
 
-    def _mount_and_serve(self, journal: Journal, *, fake: bool) -> None:
-        options, as_root = self._options, os.geteuid() == 0
-        if options.io is IoMode.PASSTHROUGH and not as_root:
-            raise UsageError("The option io=passthrough needs root: run lockfs as root, or give io=auto.")
-        raise_descriptor_limit()
-        store = source.prepare(options, as_root=as_root)
-        try:
-            options = replace(
-                options,
-                mount_flags=options.mount_flags | store.flags,
-                read_only=options.read_only or bool(store.flags & os.ST_RDONLY),
-            )
-            if fake:
-                return
-            mounted = kernelmount.mount(options, store.mode, as_root=as_root)
-            self._serve_mounted(options, store.descriptor, mounted, journal)
-        finally:
-            os.close(store.descriptor)
 
-    def _serve_mounted(
-        self, options: MountOptions, source_fd: int, mounted: KernelMount, journal: Journal
-    ) -> None:
-        def ready() -> None:
-            self._is_ready = True
-            _log.info("%s is mounted on %s.", options.source, options.mountpoint)
-            if self._reporter is not None:
-                journal.started()
-                self._reporter.ready()
+def _as_the_store(options: MountOptions, store: Source) -> MountOptions:
+    return replace(
+        options,
+        mount_flags=options.mount_flags | store.flags,
+        read_only=options.read_only or bool(store.flags & os.ST_RDONLY),
+    )
 
-        if self._reporter is not None:
-            self._reporter.mounted()
-        _unmount_on_signals(mounted)
-        try:
-            self._serve(options, source_fd, mounted.device_fd, ready)
-        except BaseException:
-            if not self._is_ready:
-                mounted.abandon()
-            raise  # once it served, a dead mount is the safe state: nothing unguarded is uncovered
-        if not self._is_ready:
-            mounted.abandon()
-            raise SetupError(f"{options.mountpoint} was unmounted before it was ready.")
-        os.close(mounted.device_fd)
-        _log.info("%s is unmounted.", options.mountpoint)
+
+def _reason(ending: Ending) -> tuple[int, str]:
+    """The exit code and the sentence of a start that failed."""
+    if ending.sentence:
+        return ending.code, ending.sentence
+    how = f"ended with code {ending.code}"
+    if ending.number is not None:
+        how = f"was killed by signal {ending.number}"
+    return EXIT_MOUNT, f"lockfs {how} before the mount was ready: run it with -f to see more."
 
 
 def _start_deadline(options: MountOptions) -> float:
@@ -193,17 +168,22 @@ def _start_deadline(options: MountOptions) -> float:
     return START_DEADLINE_S
 
 
-def run(invocation: command_line.Invocation, serve: Serve = _serve) -> int:
-    """Do what the command line asked for; returns the exit code."""
+def run(
+    invocation: command_line.Invocation, serve: Serve = serve_mount, module: str = "lockfs.cli.main"
+) -> int:
+    """Do what the command line asked for; returns the exit code. An upgrade runs `module`."""
     if invocation.options is None:
         sys.stdout.write(invocation.text or "")
         return EXIT_OK
     options = invocation.options
+    program = program_of(module, sys.argv[1:])
     if options.foreground or invocation.fake:
-        return _Mounter(options, serve, None).run(fake=invocation.fake)
+        return _Mounter(options, serve, None, program).run(fake=invocation.fake)
     mountpoint = os.path.abspath(options.mountpoint)
     start = in_background(
-        lambda reporter: _Mounter(options, serve, reporter).run(), mountpoint, _start_deadline(options)
+        lambda reporter: _Mounter(options, serve, reporter, program).run(),
+        mountpoint,
+        _start_deadline(options),
     )
     if start.left_mount:
         KernelMount(-1, os.path.realpath(mountpoint), os.geteuid() == 0).uncover()
@@ -214,6 +194,8 @@ def run(invocation: command_line.Invocation, serve: Serve = _serve) -> int:
 
 def _main(parse: Callable[[Sequence[str]], command_line.Invocation], argv: Sequence[str]) -> int:
     try:
+        if argv[:1] in ([CAN_RESUME], [RESUME]):
+            return resume(argv, serve_mount, "lockfs.cli.main")
         return run(parse(argv))
     except (LockfsError, OSError) as error:
         _complain(str(error))

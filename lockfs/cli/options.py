@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import getopt
 import os
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from lockfs import __version__
-from lockfs.backends.fcntl import FcntlOptions
+from lockfs.backends.fcntl_options import FcntlOptions
 from lockfs.backends.paxos.options import LayoutKind, PaxosOptions
 from lockfs.cli import words
 from lockfs.cli.words import shown
@@ -252,6 +251,8 @@ def _unknown(name: str, value: str | None) -> str:
     if name in words.FLAG_WORDS or words.is_ignored(name, None) or name in ("allow_other", _NO_FENCE):
         return f"The option {name} takes no value, not {shown(value or '')}: write just {name}."
     known = [*_OWN, *words.FLAG_WORDS]
+    import difflib  # noqa: PLC0415  (takes memory that the guardian would keep)
+
     near = difflib.get_close_matches(name[:32], known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"its own options are {', '.join(_OWN)}."
     return f"The option {shown(name)} is unknown to lockfs: {hint}"

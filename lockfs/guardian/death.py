@@ -6,6 +6,7 @@ import signal
 
 _SIGNALS = 1000
 HUNG, UPGRADED, UNKNOWN = 2000, 2001, 2002
+KILLED = _SIGNALS + signal.SIGKILL
 
 
 def of_status(status: int | None, ended: int) -> int:

@@ -42,7 +42,8 @@ class Plan:
     `prepare` runs in a worker before it is needed: what takes long and depends on nothing, as imports.
     `serve` is the worker's whole work; its answer is the exit code, 0 after an orderly end. `kept` are
     descriptors of the guardian's that every worker needs. `on_ready` runs in the guardian when the first
-    worker is ready. `program` is the command that an upgrade starts, `--resume FD` behind it.
+    worker is ready. `is_over` tells, at once, whether there is nothing left to serve. `program` is what an
+    upgrade starts.
     """
 
     serve: Callable[[Turn], int]
@@ -50,6 +51,7 @@ class Plan:
     memory: SharedMemory
     kept: Collection[int]
     on_ready: Callable[[], None]
+    is_over: Callable[[], bool]
     program: upgrade.Program
     limits: Limits = field(default_factory=Limits)
 
@@ -138,6 +140,9 @@ class _Family:
                     served = True
                     self._plan.on_ready()
                     self._protect()
+                if self._loops_for_nothing():
+                    self._end_family()
+                    return Ending(EXIT_SYSTEM)
                 self._keep_family()
                 self._pass_on_signal()
                 if self._header.upgrade and self._words.ready_ns:
@@ -214,6 +219,13 @@ class _Family:
 
     # --- who is dead, who is next
 
+    def _loops_for_nothing(self) -> bool:
+        """Whether workers keep dying although there is nothing left to serve: the first ones put things in
+        order after the mount's end, if they can.
+        """
+        looping = self._words.deaths >= self._limits.loop_deaths
+        return looping and not self._header.worker_pid and self._plan.is_over()
+
     def _bury_worker(self) -> Ending | None:
         """Note how the worker ended; how the family ends, if that ends it."""
         words, header = self._words, self._header
@@ -226,7 +238,10 @@ class _Family:
         if header.turns == 1 and not words.ready_ns:
             return self._failed_start(code, how)
         served = (time.monotonic_ns() - words.ready_ns) / 1e9 if words.ready_ns else 0.0
-        words.deaths = 0 if served >= self._limits.loop_steady else words.deaths + 1
+        # What kills from outside (SIGKILL) comes as it comes: a loop only if workers never get to serve.
+        outside = words.death in (death.KILLED, death.UNKNOWN)
+        steady = self._limits.loop_killed if outside else self._limits.loop_steady
+        words.deaths = 0 if served >= steady else words.deaths + 1
         self._forget_worker()
         return None
 

@@ -38,3 +38,22 @@ def get(facts: Facts, key: str) -> object | None:
         return None
     value: object = json.loads("".join(str(pieces[f"{key}:{number}"]) for number in range(len(pieces))))
     return value
+
+
+def replace(facts: Facts, key: str, value: object) -> None:
+    """Remember a value that somebody may read at any moment, in place of the last one, as a whole.
+
+    Raises:
+        JournalFull, ValueError: as `put`; the last one stays.
+    """
+    last = facts.get(key)
+    number = last + 1 if isinstance(last, int) else 1
+    put(facts, f"{key}@{number}", value)
+    facts.set(key, number)
+    for former in list(facts.items(f"{key}@{number - 1}:")):
+        facts.remove(former)
+
+
+def current(facts: Facts, key: str) -> object | None:
+    """The value that `replace` remembered last, None if there is none."""
+    return get(facts, f"{key}@{facts.get(key)}")

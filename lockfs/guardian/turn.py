@@ -20,7 +20,8 @@ _log = logging.getLogger(__name__)
 
 class Turn:
     """One worker's turn. `number` counts from 1. `first`: nobody served before. `fenced`: workers keep dying,
-    serve reading only. `died` says how the worker before it ended, for the log; empty on the first turn.
+    serve reading only. `died` says how the worker before it ended, for the log; empty on the first turn;
+    `upgraded`: it ended to make room for a new version.
     """
 
     def __init__(self, memory: SharedMemory) -> None:
@@ -30,6 +31,7 @@ class Turn:
         self.first = self.number == 1
         self.fenced = bool(words.fenced)
         self.died = "" if self.first else death.in_words(words.death)
+        self.upgraded = not self.first and words.death == death.UPGRADED
         self.deaths: int = words.deaths
         self._guardian: int = words.guardian_fd
         self._unwatched = 0

@@ -12,12 +12,15 @@ import signal
 import subprocess
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from lockfs.guardian import long_values
 from lockfs.journal.memory import SharedMemory
 
 CHECK_LIMIT_S = 10.0
 CAN_RESUME, RESUME = "--can-resume", "--resume"
+OPTIONS = "guardian:options"
+"""The long value in the journal that has, as `options`, those of the mount."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,21 @@ def can_resume(program: Program, memory: SharedMemory) -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     return not done.returncode
+
+
+def change_options(memory: SharedMemory, changed: dict[str, Any]) -> None:
+    """Have the next program find other options: plain values by name, in groups where they are grouped.
+
+    Raises:
+        JournalFull, ValueError: they are too long; nothing has changed.
+    """
+    value = long_values.current(memory.facts, OPTIONS)
+    if not isinstance(value, dict) or not changed:
+        return
+    options = dict(value["options"])
+    for name, new in changed.items():
+        options[name] = {**options[name], **new} if isinstance(options.get(name), dict) else new
+    long_values.replace(memory.facts, OPTIONS, {**value, "options": options})
 
 
 def become(program: Program, memory: SharedMemory, kept: Collection[int], signals: Iterable[int]) -> NoReturn:

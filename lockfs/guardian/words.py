@@ -24,6 +24,8 @@ START_LIMIT_S = 30.0
 LOOP_DEATHS = 5
 LOOP_STEADY_S = 10.0
 """Workers that serve for less than this, LOOP_DEATHS one after the other, are a crash loop."""
+LOOP_KILLED_S = 0.25
+"""The same for workers that were killed from outside (SIGKILL)."""
 FENCED_RETRY_S = 10.0
 """In a crash loop a worker is started so often at most."""
 CLONE_RETRY_S = 1.0
@@ -41,6 +43,7 @@ class Limits:
     start: float = START_LIMIT_S
     loop_deaths: int = LOOP_DEATHS
     loop_steady: float = LOOP_STEADY_S
+    loop_killed: float = LOOP_KILLED_S
     fenced_retry: float = FENCED_RETRY_S
     clone_retry: float = CLONE_RETRY_S
     kill: float = KILL_LIMIT_S

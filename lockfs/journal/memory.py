@@ -18,7 +18,7 @@ from lockfs.journal.facts import FACTS_BYTES, Facts
 from lockfs.journal.inodes import INODES_BYTES, InodeSlots
 
 HEADER_BYTES = 4096
-MAGIC: Final = 0x6C6F636B66730001
+MAGIC: Final = 0x6C6F636B66730002
 """'lockfs' and the version of the layout: a program that does not know it starts afresh."""
 TOTAL_BYTES = HEADER_BYTES + INODES_BYTES + FACTS_BYTES
 
@@ -112,6 +112,7 @@ class SharedMemory:
         os.close(self.descriptor)
 
     def _unmap(self) -> None:
+        self.facts.close()
         for view in reversed(self._views):
             view.release()
         self._map.close()

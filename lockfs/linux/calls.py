@@ -15,6 +15,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 _SYS_OPEN_TREE = 428
 _SYS_OPENAT2 = 437
+_SYS_PIDFD_GETFD = 438
 _SETGROUPS_NR = {"x86_64": 116, "aarch64": 159, "riscv64": 159}
 
 AT_FDCWD = -100
@@ -121,6 +122,28 @@ def openat2(dir_fd: int, path: bytes, flags: int, mode: int = 0, resolve: int = 
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
     result = _libc.syscall(_SYS_OPENAT2, dir_fd, path, ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how)))
     return _check(int(result))
+
+
+def pidfd_getfd(pidfd: int, descriptor: int) -> int:
+    """pidfd_getfd(2): another process's descriptor, as one of this process for the same open file."""
+    number = ctypes.c_int(descriptor)
+    return _check(int(_libc.syscall(_SYS_PIDFD_GETFD, ctypes.c_int(pidfd), number, ctypes.c_uint(0))))
+
+
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+ARENAS = 2
+MAPPED_BYTES = 256 << 10
+
+
+def keep_heap_small() -> None:
+    """Have the C library's malloc give back what is freed (mallopt(3)), where there is such a thing.
+
+    Without it each thread gets an arena of its own, and large buffers stay in it for ever.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, ARENAS)
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def unshare_fs() -> None:

@@ -155,8 +155,10 @@ def locked_bytes(device: int, inode: int) -> list[tuple[int, int]]:
     return found
 
 
-def shared_mappers(devices: set[int], inodes: set[int]) -> dict[int, set[int]]:
+def shared_mappers(devices: set[int], inodes: set[int] | None = None) -> dict[int, set[int]]:
     """Who has files mapped shared so that a store into memory may reach them: process ids by inode number.
+
+    Of all files if `inodes` is None.
 
     A mapping counts if it is shared and is, or can be made, writable ("sh" and "mw" among the VmFlags of
     /proc/PID/smaps, proc(5)); `devices` are the st_dev under which the kernel may show the files. Processes
@@ -167,7 +169,9 @@ def shared_mappers(devices: set[int], inodes: set[int]) -> dict[int, set[int]]:
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/maps", "rb") as maps:
-                mapped = {inode for inode in _shared_inodes(maps, wanted) if inode in inodes}
+                mapped = set(_shared_inodes(maps, wanted))
+            if inodes is not None:
+                mapped &= inodes
             if mapped:
                 with open(f"/proc/{name}/smaps", "rb") as smaps:
                     mapped &= _changeable_inodes(smaps, wanted)

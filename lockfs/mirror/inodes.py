@@ -118,6 +118,9 @@ class Inode:
 class InodeTable:
     """All inodes that the kernel knows, and the root.
 
+    A former worker may have counted a lookup whose answer never arrived: what it knew and the kernel gave up,
+    but not wholly, is `doubtful`, with the lookups that are left.
+
     Only the trio thread adds and forgets inodes; `_counting` makes that and the counts of one piece for those
     threads that count lookups of inodes that are known.
     """
@@ -137,6 +140,8 @@ class InodeTable:
         self._by_key: dict[Key, Inode] = {}
         self._synthetic = SYNTHETIC_FIRST + turn * TURN_NUMBERS
         self._counting = threading.Lock()
+        self._recalled: set[Inode] = set()
+        self.doubtful: dict[Inode, int] = {}
         for slot in self._slots.all():
             self._recall(slot)
         found = self._by_number.get(pyfuse3.ROOT_INODE)
@@ -167,6 +172,7 @@ class InodeTable:
         if isinstance(known, dict):
             inode.retired = list(known["fds"])
         self._by_number[inode.number] = self._by_key[inode.key] = inode
+        self._recalled.add(inode)
 
     def _enter(self, inode: Inode) -> Inode:
         inode.slot = self._slots.add(inode.number, inode.descriptor, inode.kind, inode.key, inode.generation)
@@ -272,10 +278,13 @@ class InodeTable:
         with self._counting:
             self._set_lookups(inode, inode.lookups - count)
             if inode.lookups > 0 or inode is self.root:
+                if inode in self._recalled:
+                    self.doubtful[inode] = inode.lookups
                 return []
             del self._by_number[number]
             del self._by_key[inode.key]
         inode.forgotten = True
+        self._recalled.discard(inode)
         self._slots.remove(inode.slot)
         if inode.retired:
             self._memory.remove(_retired_key(number))

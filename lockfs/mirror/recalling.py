@@ -27,10 +27,8 @@ from lockfs.mirror.store import Store
 
 UNTOLD_S = 10.0
 """How long after the kernel was asked to send again an open waits for its request, seconds."""
-FORGET_S = 5.0
-"""Between two looks at whether the kernel still knows an inode, seconds."""
-FORGET_LOOKS = 3
-"""How many looks are taken at inodes that a former worker knew; then they are as any other."""
+FORGET_S = 1.0
+"""Between two looks at whether the kernel still knows inodes that it may not know any more, seconds."""
 
 log = logging.getLogger("lockfs.mirror")
 
@@ -93,17 +91,23 @@ class Recalling:
         self._values.clear()
 
     async def settle(self) -> None:
-        """End what nobody will ever end; some time after the kernel was asked to send again."""
-        counted = {inode: inode.lookups for inode in self._store.inodes.all()}
+        """End what nobody will ever end, from when the kernel was asked to send again on, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._end_untold)
+            inodes = self._store.inodes
+            inodes.doubtful = {inode: inode.lookups for inode in inodes.all()}
+            while True:
+                await trio.sleep(FORGET_S)
+                doubtful, inodes.doubtful = inodes.doubtful, {}
+                await self._forget_unknown(doubtful)
+
+    async def _end_untold(self) -> None:
         await trio.sleep(UNTOLD_S)
         self._store.repeats.sweep()
         for file in self._opens.untold():
             if file.unique and not await self._store.call(self._has, file):
                 log.info("an open of %s was not told to anybody: it ends", file.grant.opener)
                 await self._opens.release(file.handle.number)
-        for _ in range(FORGET_LOOKS):
-            counted = await self._forget_unknown(counted)
-            await trio.sleep(FORGET_S)
 
     def _has(self, file: OpenFile) -> bool:
         """Whether the process that asked for the open still has the file open, or waits for it."""
@@ -113,13 +117,18 @@ class Recalling:
         status = os.fstat(file.handle.descriptor)
         return _has_open(process.pid, status.st_ino)
 
-    async def _forget_unknown(self, counted: dict[Inode, int]) -> dict[Inode, int]:
-        """Forget inodes that the kernel does not know, if nothing was counted since the last look."""
+    async def _forget_unknown(self, counted: dict[Inode, int]) -> None:
+        """Forget inodes that the kernel does not know, if nothing was counted for them since; those that are
+        still in use are looked at again.
+        """
         for inode, lookups in counted.items():
-            idle = inode.lookups == lookups and inode.backing is None and not inode.forgotten
-            if idle and inode is not self._store.inodes.root and not self._store.kernel.knows(inode.number):
-                await self._store.forget([(inode.number, lookups)])
-        return {inode: inode.lookups for inode in counted if not inode.forgotten}
+            if inode.forgotten or inode.lookups != lookups or inode is self._store.inodes.root:
+                continue
+            if not self._store.kernel.knows(inode.number):
+                if inode.backing is None:
+                    await self._store.forget([(inode.number, lookups)])
+                else:
+                    self._store.inodes.doubtful[inode] = lookups
 
 
 def _has_open(pid: int, inode: int) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import socket
 import stat
 import subprocess
@@ -144,6 +143,8 @@ def _mount_complaint(error: OSError, mountpoint: str) -> str:
 
 
 def _fusermount() -> str:
+    import shutil  # noqa: PLC0415  (as root it is not needed, and the guardian is to stay small)
+
     program = shutil.which("fusermount3")
     if program is None:
         raise SetupError("fusermount3 is missing, which ordinary users need: install the package fuse3.")

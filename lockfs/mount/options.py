@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lockfs.backends.fcntl import FcntlOptions
+from lockfs.backends.fcntl_options import FcntlOptions
 from lockfs.backends.paxos.options import PaxosOptions
 from lockfs.keeper.policy import Policy
 from lockfs.mirror.modes import IoMode

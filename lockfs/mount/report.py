@@ -16,6 +16,7 @@ from lockfs.backends.base import Backend, Holder, Image
 from lockfs.channel.device import Device
 from lockfs.channel.handles import HandleTable
 from lockfs.errors import BackendError, ImageBusy, LockfsError, UsageError
+from lockfs.guardian.upgrade import change_options
 from lockfs.journal.memory import SharedMemory
 from lockfs.keeper.grants import HeldImage
 from lockfs.keeper.keeper import Keeper
@@ -67,16 +68,17 @@ class Report:
         self._memory = memory
         self._turn = turn
 
-    async def answer(self, question: Answer) -> Answer:
+    async def answer(self, question: Answer) -> Answer:  # noqa: PLR0911  (one for each operation)
         """The answer to one request of the control socket.
 
         Raises:
             UsageError: a question that is not known.
         """
         operation = question.get("op")
-        instant = {"status": self._status, "upgrade": self._upgrade}
-        if operation in instant:
-            return instant[operation]()
+        if operation == "status":
+            return self._status()
+        if operation == "upgrade":
+            return self._upgrade(question.get("changed"))
         if operation == "who":
             path = question.get("path")
             if path is not None and not isinstance(path, str):
@@ -121,12 +123,14 @@ class Report:
             "workers": header.turns,
         }
 
-    def _upgrade(self) -> Answer:
-        """Have the next worker, of the program as it is installed, take over."""
-        if self._turn is None:
+    def _upgrade(self, changed: object) -> Answer:
+        """Have the next worker, of the program as it is installed, take over, with some options changed."""
+        if self._turn is None or self._memory is None:
             raise UsageError("this mount ends with its process: unmount it and mount it anew")
+        if isinstance(changed, dict) and changed:
+            change_options(self._memory, changed)
         self._turn.upgrade()
-        return {"workers": self._memory.header.turns if self._memory is not None else 0}
+        return {"workers": self._memory.header.turns}
 
     async def _hosts(self) -> Answer:
         return {"hosts": [asdict(peer) for peer in await self._backend.peers()]}

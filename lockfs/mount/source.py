@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from lockfs.backends.storecheck import check_store
 from lockfs.errors import SetupError
@@ -21,6 +22,7 @@ from lockfs.mount import table
 from lockfs.mount.options import MountOptions
 
 _SHOWN_MOUNTS_MAX = 5
+_LINKS_MAX = 40  # MAXSYMLINKS of the kernel
 _DEVICE_PATH = re.compile(r"/dev/fd/([0-9]{1,9})")
 _INHERITED_FLAGS = os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC  # the values of MS_* too
 
@@ -57,15 +59,32 @@ def absolute(options: MountOptions) -> MountOptions:
         SetupError: a relative path was given in a directory that is gone.
     """
     try:
-        source = os.path.realpath(options.source)
+        source = _resolved(options.source)
         mountpoint = options.mountpoint
         if given_device(mountpoint) is None:
-            mountpoint = os.path.realpath(mountpoint)
+            mountpoint = _resolved(mountpoint)
         log = os.path.abspath(options.log) if options.log else None
     except (OSError, ValueError) as error:
         raise SetupError(f"The paths cannot be resolved ({error}): give absolute ones.") from error
     fsname = source if options.fsname == options.source else options.fsname
     return replace(options, source=source, mountpoint=mountpoint, log=log, fsname=fsname)
+
+
+def _resolved(path: str) -> str:
+    """The path without symbolic links. A directory that is a mount point is not itself looked at.
+
+    realpath(3) asks what is mounted there whether it is a link, and may wait for that forever.
+    """
+    mounts = table.read()
+    for _ in range(_LINKS_MAX):
+        directory, name = os.path.split(path.rstrip("/"))
+        if name in ("", ".", ".."):
+            break
+        path = os.path.join(os.path.realpath(directory or "."), name)
+        if table.at(path, mounts) is not None or not os.path.islink(path):
+            return path
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return os.path.realpath(path)
 
 
 @contextlib.contextmanager
@@ -147,19 +166,35 @@ def check_mountpoint(mountpoint: str, source: str, *, as_root: bool) -> None:
     if given_device(mountpoint) is not None:
         return
     covering = table.at(mountpoint, table.read())
+    if covering is not None and covering.is_lockfs:
+        _refuse_covered(covering)
     with _explained("mount point", mountpoint):
         status = os.stat(mountpoint)
         if not stat.S_ISDIR(status.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    if covering is not None and covering.is_lockfs:
-        raise SetupError(
-            f"{mountpoint} is a lockfs mount of {covering.source} already: run `umount {mountpoint}` first."
-        )
     if not as_root and table.is_below(mountpoint, source):
         raise SetupError(
             f"The mount point {mountpoint} lies inside the source {source}, which only root can mount: "
             "choose another mount point, or the source itself."
         )
+
+
+def _refuse_covered(covering: table.Mounted) -> NoReturn:
+    """Say why nothing can be mounted over a lockfs, in whatever state that is, without waiting for it."""
+    from lockfs.mount import remains  # noqa: PLC0415  (as in prepare)
+
+    state = remains.state_of(covering)
+    if state is remains.State.SILENT:
+        raise SetupError(remains.silence(covering))
+    if state is remains.State.DEAD:
+        raise SetupError(
+            f"The mount point {covering.point} is a dead mount whose server is gone: mount it anew, which "
+            f"clears it away, or run `umount {covering.point}` first."
+        )
+    raise SetupError(
+        f"{covering.point} is a lockfs mount of {covering.source} already: "
+        f"run `umount {covering.point}` first."
+    )
 
 
 def check_lock_directory(options: MountOptions) -> None:
@@ -178,12 +213,18 @@ def check_lock_directory(options: MountOptions) -> None:
         )
 
 
-def prepare(options: MountOptions, *, as_root: bool) -> Source:
+def prepare(options: MountOptions, *, as_root: bool, clears: bool = True) -> Source:
     """All checks of one mount, and the opened source. `options` went through `absolute`.
+
+    `clears`: a lockfs on the mount point whose processes were all killed is fenced and taken away.
 
     Raises:
         SetupError: it cannot be mounted; says what to do.
     """
+    if clears and given_device(options.mountpoint) is None and table.at(options.mountpoint, table.read()):
+        from lockfs.mount import remains  # noqa: PLC0415  (seldom needed, and the guardian is to stay small)
+
+        remains.clear(options)
     check_mountpoint(options.mountpoint, options.source, as_root=as_root)
     check_lock_directory(options)
     source = open_source(options.source, as_root=as_root)

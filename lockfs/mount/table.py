@@ -11,18 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MOUNTINFO = "/proc/self/mountinfo"
+_DEVICE = re.compile(rb"([0-9]{1,9}):([0-9]{1,9})")
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
 @dataclass(frozen=True)
 class Mounted:
-    """One mount: its id, the file system's root it shows, where, the type ("fuse.lockfs") and source."""
+    """One mount: its id, the file system's root it shows, where, the type ("fuse.lockfs") and source.
+
+    `parent` is the id of the mount it is mounted on, `device` the file system's st_dev, and `data` its own
+    options (proc(5), "super options").
+    """
 
     identity: int
     root: str
     point: str
     fstype: str
     source: str
+    parent: int = 0
+    device: int = 0
+    data: tuple[str, ...] = ()
 
     @property
     def is_lockfs(self) -> bool:
@@ -42,6 +50,7 @@ def parse(data: bytes) -> list[Mounted]:
         before, after = left.split(b" "), right.split(b" ")
         if not separator or len(before) < 6 or len(after) < 2 or not before[0].isdigit():
             continue
+        device = _DEVICE.fullmatch(before[2])
         mounts.append(
             Mounted(
                 int(before[0]),
@@ -49,6 +58,9 @@ def parse(data: bytes) -> list[Mounted]:
                 _unescaped(before[4]),
                 after[0].decode("ascii", "replace"),
                 _unescaped(after[1]),
+                int(before[1]) if before[1].isdigit() else 0,
+                os.makedev(int(device[1]), int(device[2])) if device else 0,
+                tuple(_unescaped(word) for word in after[2].split(b",")) if len(after) > 2 else (),
             )
         )
     return mounts

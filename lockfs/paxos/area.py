@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
-from lockfs.paxos.seams import Disk
+from lockfs.paxos.seams import Disk, Plan, ToRead, ToWrite
 from lockfs.records.geometry import Geometry
 from lockfs.records.results import RecordError, Result
 from lockfs.records.sectors import Leader
@@ -41,14 +42,19 @@ class Area:
         try:
             yield
         except RecordError as error:
-            if error.sector is not None:
-                raise
-            raise error.at(self.name, sector) from None
+            self._name(error, sector)
+
+    def _name(self, error: RecordError, sector: int) -> NoReturn:
+        if error.sector is not None:
+            raise error
+        raise error.at(self.name, sector) from None
 
     def check(self, sector: int, check: Callable[..., None], *arguments: object) -> None:
         """Call one of the records' checks for what was read from `sector`."""
-        with self.naming(sector):
+        try:
             check(*arguments)
+        except RecordError as error:
+            self._name(error, sector)
 
     def check_number(self, sector: int, number: int) -> None:
         """Refuse a version, generation or ballot number, read from `sector`, that has no successor.
@@ -85,8 +91,20 @@ class Area:
         Raises:
             ValueError: `data` is not one sector.
         """
+        limit = self.timeout if timeout is None else timeout
+        await self.disk.write(self._place(sector, data), data, limit)
+
+    def reading(self, sector: int, count: int = 1) -> Plan[memoryview]:
+        """As `read`, as a step of a plan: the bytes are the plan's until its next step."""
+        size = self.shape.sector_size
+        return (yield ToRead(self.offset + sector * size, count * size, self.timeout))
+
+    def writing(self, sector: int, data: bytes) -> Plan[None]:
+        """As `write`, as a step of a plan."""
+        yield ToWrite(self._place(sector, data), data, self.timeout)
+
+    def _place(self, sector: int, data: bytes) -> int:
         size = self.shape.sector_size
         if len(data) != size:
             raise ValueError(f"{len(data)} bytes are not one sector of {size}")
-        limit = self.timeout if timeout is None else timeout
-        await self.disk.write(self.offset + sector * size, data, limit)
+        return self.offset + sector * size

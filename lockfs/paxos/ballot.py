@@ -7,10 +7,11 @@ reading, the value is chosen: nobody can ever choose another for this version.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from lockfs.paxos.area import Area
+from lockfs.paxos.seams import Plan
 from lockfs.records import sectors
 from lockfs.records.sectors import Dblock, HostRecord, ModeBlock
 
@@ -31,8 +32,8 @@ class Value:
 class Pen(Protocol):
     """Writes this host's sector of the resource, and remembers what stands there."""
 
-    async def inscribe(self, dblock: Dblock, mode: ModeBlock) -> None:
-        """Write both records; raises DiskError, DiskTimeout, LockspaceFailed."""
+    def inscribe(self, dblock: Dblock, mode: ModeBlock) -> Plan[None]:
+        """Write both records; raises LockspaceFailed."""
 
 
 @dataclass(frozen=True)
@@ -49,32 +50,27 @@ class Ballot:
     mode: ModeBlock
     accepted: Dblock
 
-    async def run(self, pen: Pen) -> tuple[Value, set[int]]:
+    def run(self, pen: Pen) -> Plan[tuple[Value, set[int]]]:
         """Both phases: the chosen value, and the hosts whose mode blocks say SHARED.
 
         Raises:
             BallotLost: nothing is decided by this ballot. Its value may still be, by another host.
-            DiskError, DiskTimeout, LockspaceFailed: as BallotLost.
+            LockspaceFailed: as BallotLost; and so if an I/O fails.
         """
-        entered = replace(
-            Dblock(mbal=self.mbal, lver=self.lver),
-            bal=self.accepted.bal,
-            inp=self.accepted.inp,
-            inp2=self.accepted.inp2,
-            inp3=self.accepted.inp3,
-        )
-        await pen.inscribe(entered.summed(), self.mode)
-        others = await self._read()
+        kept = self.accepted
+        entered = Dblock(self.mbal, kept.bal, kept.inp, kept.inp2, kept.inp3, self.lver)
+        yield from pen.inscribe(entered.summed(), self.mode)
+        others = yield from self._read()
         self._compare(others)
         value = self._choose(others)
         proposed = Dblock(self.mbal, self.mbal, value.host_id, value.generation, value.timestamp, self.lver)
-        await pen.inscribe(proposed.summed(), self.mode)
-        self._compare(await self._read())
+        yield from pen.inscribe(proposed.summed(), self.mode)
+        self._compare((yield from self._read()))
         return value, {host_id for host_id, record in others.items() if record.mode.shared}
 
-    async def _read(self) -> dict[int, HostRecord]:
+    def _read(self) -> Plan[dict[int, HostRecord]]:
         """Every host's sector that is not empty."""
-        prefix = await self.area.read(sectors.LEADER_SECTOR, sectors.host_sector(self.num_hosts) + 1)
+        prefix = yield from self.area.reading(sectors.LEADER_SECTOR, sectors.host_sector(self.num_hosts) + 1)
         size = self.area.shape.sector_size
         return dict(sectors.used_hosts(prefix, size, self.num_hosts))
 

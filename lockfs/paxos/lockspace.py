@@ -103,7 +103,8 @@ class Lockspace:
     @property
     def generation(self) -> int:
         """The generation this host joined with, 0 before."""
-        return self._last.owner_generation if self._last is not None and self._joined else 0
+        last = self._last  # looked at once: a plan may ask in its thread
+        return last.owner_generation if last is not None and self._joined else 0
 
     def standing(self) -> Standing:
         """Where the host stands now. LOST is latched."""

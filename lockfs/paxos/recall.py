@@ -25,19 +25,18 @@ async def recall(
         RecordError, DiskError, DiskTimeout.
     """
     area, now, own = await _look(resource.area, lockspace, resource.name)
-    resource.area = area
     here = (lockspace.host_id, lockspace.generation)
     let_go = now.write_id != lockspace.host_id and own.dblock.released
     owns = bool(now.timestamp) and (now.owner_id, now.owner_generation) == here and not let_go
     shares = own.mode.shared and own.mode.generation == lockspace.generation
     if shares and (converting or hold is Hold.SHARED):
-        resource.restore(Hold.SHARED, leader, own, unsettled=converting or owns)
+        resource.restore(area, Hold.SHARED, leader, own, unsettled=converting or owns)
         return True
     same = converting or (hold is Hold.EXCLUSIVE and now.lver == leader.lver)
     if owns and same and not shares:
-        resource.restore(Hold.EXCLUSIVE, now, own, unsettled=False)
+        resource.restore(area, Hold.EXCLUSIVE, now, own, unsettled=False)
         return True
-    resource.restore(Hold.NONE, None, own, unsettled=True)
+    resource.restore(area, Hold.NONE, None, own, unsettled=True)
     return False
 
 
@@ -47,8 +46,8 @@ async def take_over(resource: Resource, lockspace: Lockspace) -> None:
     Raises:
         RecordError, DiskError, DiskTimeout.
     """
-    resource.area, _, own = await _look(resource.area, lockspace, resource.name)
-    resource.restore(Hold.NONE, None, own, unsettled=True)
+    area, _, own = await _look(resource.area, lockspace, resource.name)
+    resource.restore(area, Hold.NONE, None, own, unsettled=True)
 
 
 async def _look(area: Area, lockspace: Lockspace, name: bytes) -> tuple[Area, Leader, HostRecord]:

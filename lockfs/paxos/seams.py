@@ -2,13 +2,45 @@
 
 Everything here may be awaited under any event loop. An engine call that is cancelled at an await leaves its
 object in a state from which the same object's `settle` can put the storage in order.
+
+I/Os that follow one another without a wait in between are handed over as a plan: a generator that yields
+`ToRead` and `ToWrite` one at a time. For a read it is sent the bytes, which are its own until its next step;
+for a write that is on stable storage, nothing. It is closed where it stands when an I/O fails, or is late, or
+the caller is cancelled, so it lets go of nothing in a `finally`. It never blocks; it may run in any thread,
+but never while its caller, or anybody else with its turn, does.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, TypeVar
 
 from lockfs.errors import BackendError
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ToRead:
+    """A step of a plan: exactly `length` bytes from byte `offset`, within `timeout` seconds."""
+
+    offset: int
+    length: int
+    timeout: float
+
+
+@dataclass(frozen=True)
+class ToWrite:
+    """A step of a plan: all of `data` to byte `offset`, within `timeout` seconds."""
+
+    offset: int
+    data: bytes
+    timeout: float
+
+
+Step: TypeAlias = ToRead | ToWrite
+Plan: TypeAlias = Generator[Step, memoryview, _T]
 
 
 class DiskError(BackendError):
@@ -51,6 +83,30 @@ class Disk(Protocol):
             DiskTimeout: it may land later. DiskError: refused.
         """
 
+    async def carry_out(self, plan: Plan[_T]) -> _T:
+        """Do the plan's steps one after the other, each by the rules of `read` and `write`; its result.
+
+        Once this has returned, however, nothing of the plan runs and none of its I/Os begins. One that is
+        under way then may still land. This is the plain way to do it; a disk may have a quicker one.
+
+        Raises:
+            DiskTimeout, DiskError: of the step that failed; the plan was closed. Whatever the plan raises.
+        """
+        try:
+            step = next(plan)
+            while True:
+                if isinstance(step, ToRead):
+                    seen = memoryview(await self.read(step.offset, step.length, step.timeout))
+                else:
+                    await self.write(step.offset, step.data, step.timeout)
+                    seen = memoryview(b"")
+                with seen:
+                    step = plan.send(seen)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+        finally:
+            plan.close()
+
 
 class Clock(Protocol):
     """This host's time. Never compared with another host's."""
@@ -58,7 +114,7 @@ class Clock(Protocol):
     def now(self) -> float:
         """Seconds since some moment before the program started; never steps back, and counts suspend time.
 
-        CLOCK_BOOTTIME in production.
+        CLOCK_BOOTTIME in production. May be called in any thread: plans do.
         """
 
     async def sleep(self, seconds: float) -> None:

@@ -129,7 +129,8 @@ class Watch:
 
     def longest_io(self) -> int:
         """The largest io_timeout of any host that has joined, ours included."""
-        joined = [sight.io_timeout for sight in self._sights.values() if sight.timestamp]
+        # A copy: a plan may ask in its thread while a pass meets a host for the first time.
+        joined = [sight.io_timeout for sight in self._sights.copy().values() if sight.timestamp]
         return max([self._timing.io_timeout, *joined])
 
     def hosts(self) -> dict[int, Sight]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import attrgetter
 
 import crc32c
 
 from lockfs.records.geometry import Geometry, geometry_of_flags
 from lockfs.records.results import RecordError, Result
+from lockfs.records.zeros import used_sectors
 
 NAME_BYTES = 48
 DELTA_MAGIC, DELTA_VERSION = 0x12212010, 0x00030004
@@ -43,7 +45,6 @@ _BITMAP_OFFSET, _BITMAP_BYTES = 256, 256
 BITMAP_HOSTS = 8 * _BITMAP_BYTES
 _INDEX_HEADER = struct.Struct("<IIIIIIQ48s")
 _INDEX_ENTRY = struct.Struct("<QI4x48s")
-_ZEROS = bytes(64 << 10)
 
 
 def checksum(data: bytes) -> int:
@@ -122,11 +123,13 @@ class Leader:
 
     def encode(self) -> bytes:
         """The 200 bytes as they are, with the checksum the record carries."""
-        return _LEADER.pack(*(getattr(self, name) for name in _LEADER_FIELDS))
+        return _LEADER.pack(*_leader_values(self))
 
     def summed(self) -> Leader:
         """The record with the checksum that its bytes have."""
-        return replace(self, checksum=checksum(self.encode()[:_LEADER_SUMMED]))
+        values = list(_leader_values(self))
+        values[_LEADER_CHECKSUM] = checksum(_LEADER.pack(*values)[:_LEADER_SUMMED])
+        return Leader(*values)
 
     @property
     def intact(self) -> bool:
@@ -135,9 +138,11 @@ class Leader:
 
 
 _LEADER_FIELDS = tuple(Leader.__dataclass_fields__)
+_LEADER_CHECKSUM = _LEADER_FIELDS.index("checksum")
+_leader_values = attrgetter(*_LEADER_FIELDS)  # once for all fields: an acquisition makes a dozen of these
 
 
-def decode_leader(sector: bytes) -> Leader:
+def decode_leader(sector: bytes | memoryview) -> Leader:
     """The leader record at the start of a sector."""
     return Leader(*_LEADER.unpack_from(sector))
 
@@ -250,7 +255,8 @@ class Dblock:
 
     def summed(self) -> Dblock:
         """The record with the checksum that its bytes have; the flags are outside it."""
-        return replace(self, checksum=checksum(self.encode()[:_DBLOCK_SUMMED]))
+        summed = checksum(self.encode()[:_DBLOCK_SUMMED])
+        return Dblock(self.mbal, self.bal, self.inp, self.inp2, self.inp3, self.lver, summed, self.flags)
 
     @property
     def unused(self) -> bool:
@@ -319,30 +325,17 @@ def check_dblock(dblock: Dblock) -> None:
         raise RecordError(Result.DBLOCK_CHECKSUM, "the ballot record is damaged: its checksum is wrong")
 
 
-def used_hosts(area: bytes, sector_size: int, num_hosts: int) -> Iterator[tuple[int, HostRecord]]:
+def used_hosts(
+    area: bytes | memoryview, sector_size: int, num_hosts: int
+) -> Iterator[tuple[int, HostRecord]]:
     """Those host records of a resource's first sectors that are not all zero, by host id.
 
     `area` starts at the leader and holds at least 2 + num_hosts sectors.
     """
-    for sector in _used_sectors(area, sector_size, host_sector(1), host_sector(num_hosts) + 1):
+    for sector in used_sectors(area, sector_size, host_sector(1), host_sector(num_hosts) + 1):
         record = decode_host(area, sector * sector_size)
         if record != UNUSED_HOST:
             yield sector - host_sector(0), record
-
-
-def _used_sectors(area: bytes, sector_size: int, first: int, end: int) -> Iterator[int]:
-    """Sectors with a byte that is not zero. Whole runs of zeros, the usual case, are skipped at once."""
-    run = len(_ZEROS) // sector_size
-    sector = first
-    while sector < end:
-        length = (min(sector + run, end) - sector) * sector_size
-        start = sector * sector_size
-        if area[start : start + length] != _ZEROS[:length]:
-            for single in range(sector, min(sector + run, end)):
-                at = single * sector_size
-                if area[at : at + sector_size] != _ZEROS[:sector_size]:
-                    yield single
-        sector += run
 
 
 @dataclass(frozen=True)

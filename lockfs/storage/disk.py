@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import trio
 
 from lockfs.errors import SetupError
-from lockfs.paxos.seams import Disk, DiskError, DiskTimeout
+from lockfs.paxos.seams import Disk, DiskError, DiskTimeout, Plan, ToRead, ToWrite
 from lockfs.storage.buffers import Buffers
 from lockfs.storage.descriptor import FileClosed, SharedDescriptor
 from lockfs.storage.opening import Opened, Place, open_storage
+from lockfs.storage.order import Order
 from lockfs.storage.rawio import Kernel, RawIO
+from lockfs.storage.turn import Means, Turn, refusal
 from lockfs.storage.workers import NotInTime, Workers, WorkersStopped
 
 PLACES = 8
@@ -43,26 +44,14 @@ class Crew:
             file.close()
 
 
-@dataclass(eq=False)
-class _Writing:
-    """A write from its call until it has landed, or is certain not to."""
-
-    start: int
-    end: int
-    ended: trio.Event = field(default_factory=trio.Event)
-
-    def overlaps(self, other: _Writing) -> bool:
-        """Whether both touch one byte."""
-        return self.start < other.end and other.start < self.end
-
-
 class DirectDisk(Disk):
     """One file or device, uncached (O_DIRECT) and stable when written (O_DSYNC).
 
     Made by `open`, ended by `close`. At most `places` calls are under way at once; others wait for a place
     within their own time. A call whose time is up, or that is cancelled, returns at once; its thread, its
     place, its buffer and the descriptor stay as they are until the I/O has ended. What must not wait behind
-    another's stuck I/O gets a DirectDisk with threads of its own: renewals do (`RENEWAL_PLACES`).
+    another's stuck I/O gets a DirectDisk with threads of its own: renewals do (`RENEWAL_PLACES`). A plan
+    keeps its thread from one I/O to the next (turn.py), unless other calls wait for a place.
     """
 
     def __init__(
@@ -75,16 +64,14 @@ class DirectDisk(Disk):
         io: RawIO,
     ) -> None:
         """Use `open`."""
-        workers, buffers = crew.workers, crew.buffers
         self._own_workers = crew.own
-        self._writing: list[_Writing] = []
         self._name = place.name
-        self._writable = place.writable
         self._opened = opened
-        self._workers = workers
+        self._workers = crew.workers
         self._file = file
-        self._io = io
-        self._buffers = buffers
+        self._means = Means(
+            place.name, place.writable, file, io, crew.buffers, Order(), lambda: crew.workers.crowded
+        )
 
     @classmethod
     async def open(
@@ -158,41 +145,60 @@ class DirectDisk(Disk):
         Raises:
             DiskTimeout, DiskError.
         """
-        return await self._call(self._size, timeout, f"Asking for the size of {self._name}")
+        what = f"Asking for the size of {self._name}"
+        try:
+            return await self._workers.run(self._size, timeout)
+        except NotInTime as late:
+            doing = "end" if late.begun else "begin"
+            sentence = f"{what} did not {doing} within {max(timeout, 0.0):g} s."
+            raise DiskTimeout(errno.ETIMEDOUT, sentence) from None
+        except (WorkersStopped, FileClosed):
+            raise _closed(what) from None
+        except OSError as error:
+            raise refusal(error, what) from error
 
     async def read(self, offset: int, length: int, timeout: float) -> bytes:
         """Exactly `length` bytes from byte `offset`, within `timeout` seconds; see Disk.read."""
-        what = f"Reading {length} bytes at byte {offset} of {self._name}"
-        end = trio.current_time() + timeout
-        await self._after_earlier(_Writing(offset, offset + length), end, what)
-        return await self._call(partial(self._read, offset, length), end - trio.current_time(), what)
+        return await self.carry_out(_reading(ToRead(offset, length, timeout)))
 
     async def write(self, offset: int, data: bytes, timeout: float) -> None:
         """All of `data` to byte `offset`, stable on return, within `timeout` seconds; see Disk.write."""
-        what = f"Writing {len(data)} bytes at byte {offset} of {self._name}"
-        if not self._writable:
-            raise DiskError(errno.EBADF, f"{what} is not possible: it was opened for reading only.")
-        end = trio.current_time() + timeout
-        mine = _Writing(offset, offset + len(data))
-        await self._after_earlier(mine, end, what)
-        # No checkpoint in between: whoever comes next sees this one.
-        self._writing.append(mine)
+        await self.carry_out(_writing(ToWrite(offset, bytes(data), timeout)))
 
-        def ended() -> None:
-            self._writing.remove(mine)
-            mine.ended.set()
+    async def carry_out(self, plan: Plan[_T]) -> _T:
+        """The plan's steps, one after the other; see Disk.carry_out."""
+        turn = Turn(plan, self._means)
+        try:
+            turn.begin()
+            while turn.step is not None:
+                await self._after_earlier(turn)
+                await self._take(turn)
+            return turn.result
+        finally:
+            turn.give_up()
 
-        await self._call(partial(self._write, offset, bytes(data)), end - trio.current_time(), what, ended)
-
-    async def _after_earlier(self, mine: _Writing, end: float, what: str) -> None:
-        """Wait until no earlier write of any of these bytes is under way: late ones must not land last, and
-        what was read must not become untrue by one.
-        """
-        while (earlier := next((w for w in self._writing if w.overlaps(mine)), None)) is not None:
-            with trio.move_on_at(end):
+    async def _after_earlier(self, turn: Turn[_T]) -> None:
+        """Wait until no earlier write of any of the bytes of the step at hand is under way."""
+        while (earlier := turn.enter()) is not None:
+            with trio.move_on_at(turn.deadline):
                 await earlier.ended.wait()
             if not earlier.ended.is_set():
-                raise DiskTimeout(errno.ETIMEDOUT, f"{what} waited in vain for an earlier write to land.")
+                sentence = f"{turn.what} waited in vain for an earlier write to land."
+                raise DiskTimeout(errno.ETIMEDOUT, sentence)
+
+    async def _take(self, turn: Turn[_T]) -> None:
+        """Have a thread go on with the plan. No checkpoint since its step was entered: who comes next sees
+        it.
+        """
+        run = self._workers.run
+        try:
+            await run(turn.run, turn.left, turn.leave, goes_on=turn.goes_on, given_up=turn.give_up)
+        except NotInTime as late:
+            raise turn.late(begun=late.begun) from None
+        except (WorkersStopped, FileClosed):
+            raise _closed(turn.what) from None
+        except OSError as error:  # no descriptor was left to wait with
+            raise refusal(error, turn.what) from error
 
     async def close(self) -> None:
         """Take no more calls and close the file: now, or with the last I/O under way. May be called again.
@@ -205,45 +211,7 @@ class DirectDisk(Disk):
             # Nothing waits to be written to it, so this is instant, but for the last I/O, which then does it.
             self._file.close()
 
-    async def _call(
-        self, work: Callable[[], _T], timeout: float, what: str, ended: Callable[[], None] = lambda: None
-    ) -> _T:
-        try:
-            return await self._workers.run(work, timeout, ended)
-        except NotInTime as late:
-            doing = "end" if late.begun else "begin"
-            sentence = f"{what} did not {doing} within {max(timeout, 0.0):g} s."
-            raise DiskTimeout(errno.ETIMEDOUT, sentence) from None
-        except (WorkersStopped, FileClosed):
-            raise DiskError(errno.EBADF, f"{what} is not possible: it is closed.") from None
-        except OSError as error:
-            number = error.errno or errno.EIO
-            # A network file system that gave up on its server does not know what the server still does.
-            family = DiskTimeout if number == errno.ETIMEDOUT else DiskError
-            raise family(number, f"{what} failed: {os.strerror(number)}.") from error
-        except _Short as short:
-            raise DiskError(errno.EMSGSIZE, f"{what} ended after {short.moved} bytes.") from None
-
-    # In a worker thread. A buffer is lent to exactly this stack frame, which lives until the I/O has ended.
-
-    def _read(self, offset: int, length: int) -> bytes:
-        buffer = self._buffers.take(length)
-        try:
-            with self._file.used() as descriptor:
-                _check(self._io.preadv(descriptor, [memoryview(buffer)[:length]], offset), length)
-            return buffer[:length]
-        finally:
-            self._buffers.give_back(buffer)
-
-    def _write(self, offset: int, data: bytes) -> None:
-        length = len(data)
-        buffer = self._buffers.take(length)
-        try:
-            buffer[:length] = data
-            with self._file.used() as descriptor:
-                _check(self._io.pwritev(descriptor, [memoryview(buffer)[:length]], offset), length)
-        finally:
-            self._buffers.give_back(buffer)
+    # In a worker thread
 
     def _size(self) -> int:
         with self._file.used() as descriptor:
@@ -252,12 +220,13 @@ class DirectDisk(Disk):
             return os.fstat(descriptor).st_size
 
 
-class _Short(Exception):
-    def __init__(self, moved: int) -> None:
-        super().__init__(moved)
-        self.moved = moved
+def _reading(step: ToRead) -> Plan[bytes]:
+    return bytes((yield step))
 
 
-def _check(moved: int, length: int) -> None:
-    if moved != length:
-        raise _Short(moved)
+def _writing(step: ToWrite) -> Plan[None]:
+    yield step
+
+
+def _closed(what: str) -> DiskError:
+    return DiskError(errno.EBADF, f"{what} is not possible: it is closed.")

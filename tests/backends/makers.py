@@ -170,9 +170,12 @@ class FcntlMaker:
 class TrioClock:
     """The engine's clock on trio's, so that a test's clock moves the leases as well."""
 
+    def __init__(self) -> None:
+        self._clock = trio.lowlevel.current_clock()
+
     def now(self) -> float:
-        """Trio's seconds."""
-        return trio.current_time()
+        """Trio's seconds, in any thread."""
+        return self._clock.current_time()
 
     async def sleep(self, seconds: float) -> None:
         """As trio sleeps."""

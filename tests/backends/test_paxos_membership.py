@@ -30,6 +30,7 @@ from lockfs.errors import BackendError
 from lockfs.records import sectors
 from lockfs.records.geometry import MIB, geometry
 from lockfs.records.sectors import NAME_BYTES, Leader
+from lockfs.storage.clock import BootClock
 from tests.conftest import ExpectLog
 
 from .lease_io import LeaseIO, pace
@@ -45,10 +46,11 @@ class SuspendableClock:
     """Trio's clock on a machine that may be suspended: then this goes on and trio's does not."""
 
     def __init__(self) -> None:
+        self._clock = trio.lowlevel.current_clock()
         self.suspended_s = 0.0
 
     def now(self) -> float:
-        return trio.current_time() + self.suspended_s
+        return self._clock.current_time() + self.suspended_s
 
     async def sleep(self, seconds: float) -> None:
         await trio.sleep(max(0.0, seconds))
@@ -520,7 +522,7 @@ async def test_a_stop_that_cannot_leave_says_so(hosts: Hosts, expect_log: Expect
 def test_the_area_is_not_open_before_it_is_named(tmp_path: Path) -> None:
     """A membership that was not started says so."""
     options = PaxosOptions(state_dir=str(tmp_path))
-    made = Membership(options, "h", SuspendableClock(), Random(0), lambda e: None, lambda e: None)
+    made = Membership(options, "h", BootClock(), Random(0), lambda e: None, lambda e: None)
 
     async def attempt() -> None:
         with pytest.raises(BackendError, match="not open"):

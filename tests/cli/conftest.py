@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from lockfs.mount import table
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 20.0
+FAMILY = 4
 
 
 def until(condition: object, what: str) -> None:
@@ -95,17 +97,41 @@ class Stub:
                 found.append(int(name))
         return found
 
+    def family(self) -> list[int]:
+        """The processes that serve this mount, once all four are there: guardian, twin, worker, spare."""
+        until(lambda: len(self.servers()) == FAMILY, "the family is complete")
+        return self.servers()
+
+    def named(self, name: str) -> int:
+        """The process of the family with that name, once everybody has one."""
+        found: dict[str, int] = {}
+
+        def is_there() -> bool:
+            found.clear()
+            for pid in self.servers():
+                with contextlib.suppress(OSError):
+                    found[Path(f"/proc/{pid}/comm").read_text().strip()] = pid
+            return len(found) == FAMILY and name in found
+
+        until(is_there, f"there is a {name}")
+        return found[name]
+
     def end(self) -> None:
         """Unmount, and see every server end."""
         while self.is_mounted():
             subprocess.run(["umount", "-l", self.point], check=True)
-        for process in self.running:
-            try:
+        try:
+            for process in self.running:
                 process.wait(DEADLINE_S)
-            finally:
-                process.kill()
-                process.communicate()
-        until(lambda: not self.servers(), "no server left")
+            until(lambda: not self.servers(), "no server left")
+        finally:
+            end = time.monotonic() + DEADLINE_S
+            while (left := self.servers()) and time.monotonic() < end:
+                for pid in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            for process in self.running:
+                process.communicate(timeout=DEADLINE_S)
 
 
 @pytest.fixture
@@ -119,7 +145,4 @@ def stub(tmp_path: Path) -> Iterator[Stub]:
     try:
         yield made
     finally:
-        for pid in made.servers():
-            if not made.is_mounted():
-                os.kill(pid, signal.SIGKILL)
         made.end()

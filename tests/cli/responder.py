@@ -2,13 +2,16 @@
 
 Run as a program it is lockfs with this in the place of the real server; LOCKFS_STUB says how it behaves:
 serve, fail (before it is ready), die (likewise, killed), silent (never ready), end (returns before it is
-ready), defect (an unexpected exception after it was ready), group (a SetupError in a nest of groups).
+ready), defect (an unexpected exception after it was ready, in every turn), hopeless (likewise, but the second
+turn finds that nothing can go on), group (a SetupError in a nest of groups).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import select
 import signal
 import struct
 import sys
@@ -16,7 +19,11 @@ import time
 from collections.abc import Callable
 
 from lockfs.cli import main, options
-from lockfs.errors import SetupError
+from lockfs.cli.resuming import resume
+from lockfs.errors import HopelessError, SetupError
+from lockfs.guardian.turn import Turn
+from lockfs.guardian.upgrade import CAN_RESUME, RESUME
+from lockfs.journal.memory import SharedMemory
 from lockfs.mount.options import MountOptions
 
 _IN = struct.Struct("=IIQQIIIHH")
@@ -25,6 +32,8 @@ GETATTR, STATFS, INIT, DESTROY, FORGET, BATCH_FORGET = 3, 17, 26, 38, 2, 42
 _INIT_OUT = struct.Struct("=IIIIHHIIHHIIH22x")
 _ATTR = struct.Struct("=QQQQQQIIIIIIIIII")
 BUFFER_BYTES = 1 << 18
+NOTIFY_RESEND = 7
+MODULE = "tests.cli.responder"
 
 
 def _body(opcode: int) -> bytes | None:
@@ -37,9 +46,23 @@ def _body(opcode: int) -> bytes | None:
     return None
 
 
-def respond(device_fd: int, ready: Callable[[], None]) -> None:
-    """Answer requests until the mount is gone; `ready` is called after INIT was answered."""
+def respond(device_fd: int, ready: Callable[[], None], turn: Turn | None = None) -> None:
+    """Answer requests until the mount is gone; `ready` is called after INIT was answered.
+
+    On a later turn what a former server had read is asked for again.
+    """
+    if turn is not None and not turn.first:
+        with contextlib.suppress(OSError):  # unmounted
+            os.write(device_fd, _OUT.pack(16, NOTIFY_RESEND, 0))
+        ready()
+    waiting = select.poll()
+    waiting.register(device_fd, select.POLLIN)
     while True:
+        if turn is not None:
+            turn.beat()
+            turn.look_around()
+        if not waiting.poll(100):
+            continue
         try:
             request = os.read(device_fd, BUFFER_BYTES)
         except OSError as error:
@@ -66,7 +89,14 @@ def _defective(ready: Callable[[], None]) -> Callable[[], None]:
     return then_break
 
 
-def serve(mount_options: MountOptions, source_fd: int, device_fd: int, ready: Callable[[], None]) -> None:
+def serve(
+    mount_options: MountOptions,
+    source_fd: int,
+    device_fd: int,
+    ready: Callable[[], None],
+    turn: Turn,
+    memory: SharedMemory,
+) -> None:
     """A server that behaves as LOCKFS_STUB says."""
     how = os.environ.get("LOCKFS_STUB", "serve")
     if how == "fail":
@@ -79,14 +109,18 @@ def serve(mount_options: MountOptions, source_fd: int, device_fd: int, ready: Ca
         time.sleep(600)
     if how == "end":
         return
-    respond(device_fd, _defective(ready) if how == "defect" else ready)
+    if how == "hopeless" and not turn.first:
+        raise HopelessError("The stub was told to give up.")
+    respond(device_fd, _defective(ready) if how in ("defect", "hopeless") else ready, turn)
 
 
 if __name__ == "__main__":
     if "LOCKFS_STUB_DEADLINE" in os.environ:
         main.START_DEADLINE_S = float(os.environ["LOCKFS_STUB_DEADLINE"])  # type: ignore[misc]
+    if sys.argv[1] in (CAN_RESUME, RESUME):
+        sys.exit(resume(sys.argv[1:], serve, MODULE))
     try:
         invocation = options.parse(sys.argv[1:])
     except main.LockfsError as complaint:
         sys.exit(str(complaint))
-    sys.exit(main.run(invocation, serve=serve))
+    sys.exit(main.run(invocation, serve=serve, module=MODULE))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,7 +40,8 @@ def options(tmp_path: Path) -> MountOptions:
 def served(mounted: KernelMount) -> Iterator[None]:
     """The mount is answered for the length of a block and unmounted at its end."""
     ready = threading.Event()
-    server = threading.Thread(target=respond, args=(mounted.device_fd, ready.set))
+    turn = SimpleNamespace(first=True, beat=lambda: None, look_around=lambda: None)
+    server = threading.Thread(target=respond, args=(mounted.device_fd, ready.set, turn))
     server.start()
     try:
         assert ready.wait(DEADLINE_S)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lockfs.backends.fcntl import FcntlOptions
+from lockfs.backends.fcntl_options import FcntlOptions
 from lockfs.backends.paxos.options import LayoutKind, PaxosOptions
 from lockfs.cli import options, words
 from lockfs.errors import UsageError

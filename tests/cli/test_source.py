@@ -11,7 +11,7 @@ import pytest
 
 from lockfs.cli import options as command_line
 from lockfs.errors import SetupError
-from lockfs.mount import kernelmount, source
+from lockfs.mount import kernelmount, remains, source
 from lockfs.mount.options import MountOptions
 
 from .conftest import Stub
@@ -151,14 +151,33 @@ def test_lockfs_on_lockfs(stub: Stub, tmp_path: Path) -> None:
 
 
 @needs_root
-def test_dead_mount_point(store: Path, point: Path) -> None:
-    """A mount point whose server died is named as such, with the command that frees it."""
+def test_dead_mount_point(store: Path, point: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A dead mount is cleared from the mount point, unless told not to, but not from the source."""
     mounted = kernelmount.mount(given(store, point), 0o40755, as_root=True)
     os.close(mounted.device_fd)
     try:
-        assert f"umount {point}" in refused(given(store, point), as_root=True)
+        with pytest.raises(SetupError, match=f"umount {point}"):
+            source.prepare(given(store, point), as_root=True, clears=False)
         assert f"umount {point}" in refused(given(point, store), as_root=True)
+        os.close(source.prepare(given(store, point), as_root=True).descriptor)
+        assert not os.path.ismount(point)
+        assert f"{point} has a lockfs of {store} whose processes are all gone" in caplog.text
     finally:
+        if os.path.ismount(point) or str(point) in Path("/proc/self/mountinfo").read_text(encoding="utf-8"):
+            mounted.unmount()
+
+
+@needs_root
+def test_silent_mount_point(store: Path, point: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount that nobody answers for, but whose device is open, is neither dead nor waited for."""
+    monkeypatch.setattr(remains, "ANSWER_S", 0.2)
+    mounted = kernelmount.mount(given(store, point), 0o40755, as_root=True)
+    try:
+        assert "not known to be dead" in refused(given(store, point), as_root=True)
+        (store / "link").symlink_to(point)
+        assert "not known to be dead" in refused(given(store, store / "link"), as_root=True)
+    finally:
+        os.close(mounted.device_fd)
         mounted.unmount()
 
 

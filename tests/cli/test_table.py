@@ -23,7 +23,10 @@ def test_fields() -> None:
     """Blanks and the like are unescaped, optional fields skipped, broken lines left out."""
     mounts = table.parse(_LINES)
     assert [mount.point for mount in mounts] == ["/", "/mnt/with blank\ttab\\back", "/mnt/low", "/mnt/low"]
-    assert mounts[1] == table.Mounted(31, "/", mounts[1].point, "fuse.lockfs", "/srv/im\nages")
+    assert mounts[1] == table.Mounted(
+        31, "/", mounts[1].point, "fuse.lockfs", "/srv/im\nages", 22, os.makedev(0, 40), ("rw", "user_id=0")
+    )
+    assert (mounts[0].device, mounts[3].parent) == (os.makedev(8, 1), 22)
     assert [mount.is_lockfs for mount in mounts] == [False, True, False, True]
 
 

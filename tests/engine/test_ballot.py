@@ -9,6 +9,7 @@ import pytest
 
 from lockfs.paxos.area import Area
 from lockfs.paxos.ballot import Ballot, BallotLost, Value
+from lockfs.paxos.seams import Plan
 from lockfs.records import sectors
 from lockfs.records.geometry import FILE_GEOMETRY, MIB
 from lockfs.records.sectors import Dblock, HostRecord, ModeBlock
@@ -26,8 +27,9 @@ class Paper:
         self.written: list[HostRecord] = []
         self.meanwhile: dict[int, HostRecord] = {}
 
-    async def inscribe(self, dblock: Dblock, mode: ModeBlock) -> None:
+    def inscribe(self, dblock: Dblock, mode: ModeBlock) -> Plan[None]:
         """See Pen."""
+        yield from ()
         self.written.append(HostRecord(dblock, mode))
         self.world.change_record(ME, dblock, mode)
         if (other := self.meanwhile.get(len(self.written))) is not None:
@@ -50,7 +52,7 @@ class Table:
 
     def run(self) -> tuple[Value, set[int]]:
         """The ballot."""
-        return run(self.ballot.run(self.pen))
+        return run(self.ballot.area.disk.carry_out(self.ballot.run(self.pen)))
 
     def lost(self, writes: int) -> None:
         """It is lost, after so many writes."""

@@ -244,10 +244,10 @@ def test_the_sweep_sees_a_lease_that_is_not_put_in_order(monkeypatch: pytest.Mon
     """A settle that forgets the leader is caught by it."""
 
     async def forgetful(self: Resource) -> None:
-        if self.unsettled:
-            self.unsettled = False
-            released = sectors.HostRecord(self._written.dblock, sectors.NOT_SHARED)
-            await self._inscribe(released.dblock, released.mode)
+        contest = self._contest
+        if contest.unsettled:
+            contest.unsettled = False
+            await self._carry_out(contest.write_own(contest.written.dblock, sectors.NOT_SHARED))
 
     monkeypatch.setattr(Resource, "settle", forgetful)
     with pytest.raises(AssertionError):

@@ -81,7 +81,7 @@ def test_a_ballot_for_another_host_is_kept() -> None:
     """What another host may have been chosen by is never forgotten; the model finds two owners if it is."""
     world, _, resource = held()
     kept = Dblock(1, 1, 5, 1, 1, 1).summed()
-    resource._written = replace(resource._written, dblock=kept)
+    resource._contest.written = replace(resource._contest.written, dblock=kept)
     run(resource.release())
     assert world.record(1).dblock == replace(kept, flags=sectors.RELEASED)
     assert world.leader().timestamp == 0

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from lockfs.paxos.area import NUMBERS_END, Area
+from lockfs.paxos.contest import SHAPES_MAX
 from lockfs.paxos.errors import EngineError, LockspaceFailed, Refused
-from lockfs.paxos.resource import BALLOTS_MAX, ROUNDS_MAX, SHAPES_MAX, Hold, Resource
+from lockfs.paxos.resource import BALLOTS_MAX, ROUNDS_MAX, Hold, Resource
 from lockfs.paxos.seams import DiskError
 from lockfs.records import sectors
 from lockfs.records.geometry import GEOMETRIES, MIB, Geometry
@@ -580,3 +581,14 @@ def test_a_cut_attempt_leaves_no_lease_taken_that_a_late_commit_brings_back() ->
     run(resource.settle())
     run(two.resource().acquire())
     assert world.leader().owner_id == 2
+
+
+def test_what_stood_there_before_and_stands_there_by_own_doing() -> None:
+    """For whoever must tell whether somebody else had the lease in between."""
+    world, one, _ = two_hosts()
+    before, resource = world.leader(), one.resource()
+    run(resource.acquire())
+    assert resource.followed == before
+    assert resource.last == resource.leader == world.leader()
+    run(resource.release())
+    assert resource.last == world.leader()

@@ -197,7 +197,7 @@ def test_every_read_is_the_daemons_or_smaller(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_byte_too_many_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison is one: a release that forgets its mark is caught."""
-    monkeypatch.setattr("lockfs.paxos.resource._released", lambda dblock: dblock)
+    monkeypatch.setattr("lockfs.paxos.contest.released", lambda dblock: dblock)
     with pytest.raises(AssertionError, match="release"):
         test_every_write_is_the_daemons(monkeypatch)
 

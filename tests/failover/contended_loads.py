@@ -29,8 +29,7 @@ class Contender(Load):
     def prepare(self) -> None:
         self.image = self.directory / "contended.img"
         self.witness = self.bare / "writer"
-        self.wins = 0
-        self.recorder.record.facts["wins"] = 0
+        self.wins = self.recorder.record.facts.setdefault("wins", 0)
 
     def step(self) -> None:
         try:
@@ -80,8 +79,8 @@ class Rival(Load):
         targets = json.loads((self.bare / TARGETS).read_text())
         self.paths = [Path(path) for path in targets["paths"]]
         self.locked = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in targets["locked"]]
-        self.tries = self.looks = 0
-        self._tell()
+        facts = self.recorder.record.facts
+        self.tries, self.looks = facts.setdefault("tries", 0), facts.setdefault("looks", 0)
 
     def step(self) -> None:
         path = self.paths[self.tries % len(self.paths)]

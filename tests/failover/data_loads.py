@@ -135,6 +135,7 @@ class Truncate(Load):
 
     def step(self) -> None:
         path = self.place("file")
+        self.same(self.call("stat", os.stat, path).st_size, 0, "the size left by the last step")
         self.write(path, b"a" * 3 * BLOCK, 0)
         short, long = self.random.randrange(1, BLOCK), self.random.randrange(2 * BLOCK, 4 * BLOCK)
         self.call("truncate", os.truncate, path, short)

@@ -1,8 +1,8 @@
 """A rig without lockfs: a bare directory, and a family of processes to kill. For tests of the harness.
 
-    python -m tests.failover.fake_rig --count 3 --whom both [--fault FAULT] [--spoil FILE] [--backend fcntl]
+    python -m tests.failover.fake_rig --count 3 --whom both [--fault FAULT] [--spoil LOADS] [--backend fcntl]
 
-Faults are those of the fake family. `--spoil` changes a file or directory behind the loads' backs, as a
+Faults are those of the fake family. `--spoil` changes what the loads named work on behind their backs, as a
 server that loses or repeats a request would. A backend other than nop gives a second host that nothing
 keeps out. Prints the report as JSON.
 """
@@ -10,6 +10,7 @@ keeps out. Prints the report as JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -109,7 +110,7 @@ def _spoilers(store: Path) -> dict[str, Callable[[], object]]:
         "listing": lambda: next((store / "listing/turn0").glob("entry-01*")).unlink(),
         "names": (store / "names/turn0/target").unlink,
         "directories": lambda: (store / "directories/turn0/outer").mkdir(exist_ok=True),
-        "attributes": lambda: os.chmod(store / "attributes/turn0/file", 0o777),
+        "attributes": (store / "attributes/turn0/file").unlink,
         "truncate": lambda: os.truncate(store / "truncate/turn0/file", 5),
         "links": lambda: os.link(store / "links/turn0/file", store / "links/turn0/alias"),
         "opens": lambda: (store / "opens/turn0/1.img").write_bytes(bytes(4096)),
@@ -118,13 +119,12 @@ def _spoilers(store: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-def _spoil(action: Callable[[], object], ended: threading.Event) -> None:
+def _spoil(actions: list[Callable[[], object]], ended: threading.Event) -> None:
     """Do it again and again: some moments are not the right ones."""
     while not ended.wait(SPOIL_S):
-        try:
-            action()
-        except (OSError, StopIteration):
-            continue
+        for action in actions:
+            with contextlib.suppress(OSError, StopIteration):
+                action()
 
 
 def main() -> int:
@@ -143,15 +143,15 @@ def main() -> int:
     plan = kills.Plan(
         arguments.count,
         arguments.whom,
-        seconds=2.0,
+        seconds=3.0,
         pause_s=0.3,
         only=tuple(arguments.only.split(",")),
         repair_s=PATIENCE_S,
         settle_s=PATIENCE_S,
     )
     ended = threading.Event()
-    action = _spoilers(rig.store).get(arguments.spoil, lambda: None)
-    spoiler = threading.Thread(target=_spoil, args=(action, ended))
+    actions = [action for load, action in _spoilers(rig.store).items() if load in arguments.spoil.split(",")]
+    spoiler = threading.Thread(target=_spoil, args=(actions, ended))
     spoiler.start()
     try:
         report = kills.Run(rig, plan, arguments.base).go()

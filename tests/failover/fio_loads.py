@@ -14,8 +14,8 @@ from tests.failover.loads import HELD, Load
 from tests.failover.recording import Request
 
 RUN_DEADLINE_S = 120.0
-RATE = 40
-"""Requests a second and job: two jobs of three loads must leave a machine of two cores idle time."""
+RATE = "700k"
+"""Bytes a second and job: two jobs of three loads must leave a machine of two cores idle time."""
 _COMPLAINT = re.compile(r"^.*(?:verify|error|fail|err= *[1-9]).*$", re.MULTILINE | re.IGNORECASE)
 _WHAT = {"0": "fio read", "1": "fio write", "2": "fio trim"}
 
@@ -60,7 +60,7 @@ class Fio(Load):
         options = {
             "size": self.seed_bytes, "rw": "randwrite", "bsrange": "4k-64k", "verify": "crc32c",
             "verify_fatal": 1, "do_verify": 1, "verify_backlog": 32, "verify_state_save": 0,
-            "rate_iops": f"{RATE},{RATE}", "randseed": self.random.randrange(1 << 30), "create_on_open": 0,
+            "rate": RATE, "randseed": self.random.randrange(1 << 30), "create_on_open": 0,
             "overwrite": 1, "write_lat_log": prefix, "log_unix_epoch": 1, "per_job_logs": 1,
             "invalidate": 0, **self.options,
         }  # fmt: skip

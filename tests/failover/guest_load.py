@@ -6,19 +6,22 @@ acknowledged writes stood still, looked at every POLL_S, which adds up to POLL_S
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.failover.loads import HELD, Load
-from tests.failover.recording import Request
+from tests.failover.recording import Request, Wrong
 from tests.support import guest
-from tests.support.qemu import Fleet, Qemu, disk, installed
+from tests.support.qemu import Fleet, Qemu, QemuRefused, QmpClosed, QmpError, disk, installed
 
 POLL_S = 0.02
 STUCK_S = 60.0
 NICE = 5
 """The BIOS waits for its disk in a loop: the guest must not take the processors from the others."""
+ERROR_CHARS_MAX = 600
 STATUS_EVERY = 50
 _BAD_EVENTS = ("BLOCK_IO_ERROR", "STOP", "SHUTDOWN", "GUEST_PANICKED")
 
@@ -36,19 +39,21 @@ class Guest(Load):
     def prepare(self) -> None:
         build = installed()
         self.fleet = Fleet()
+        self.looks = 0
         if build is None:
             raise FileNotFoundError("qemu-system-x86_64 is not installed")
         arguments = disk("auto", "raw", self.directory / HELD / "0.img", direct=True)
         os.setpriority(os.PRIO_PROCESS, 0, NICE)  # QEMU inherits it
-        self.machine: Qemu = self.fleet.start(build, arguments)
-        self.machine.wait_written(10)
-        self.last, self.since = self.machine.written(), time.monotonic_ns()
-        self.looks = 0
+        with self._told():
+            self.machine: Qemu = self.fleet.start(build, arguments)
+            self.machine.wait_written(10)
+            self.last, self.since = self.machine.written(), time.monotonic_ns()
 
     def step(self) -> None:
         time.sleep(POLL_S)
         self.looks += 1
-        count, now = self.machine.written(), time.monotonic_ns()
+        with self._told():
+            count, now = self.machine.written(), time.monotonic_ns()
         row, record = self.recorder.row, self.recorder.record
         if count != self.last:
             record.requests.append(Request(record.load, "guest write", self.since, now))
@@ -58,21 +63,27 @@ class Guest(Load):
         if self.looks % STATUS_EVERY == 0:
             self._look()
 
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Whatever goes wrong with QEMU is an error like any other."""
+        try:
+            yield
+        except (AssertionError, QemuRefused, QmpClosed, QmpError) as error:
+            raise Wrong(f"{error!r}"[:ERROR_CHARS_MAX]) from error
+
     def _look(self) -> None:
-        self.same(self.machine.status(), "running", "QEMU's state")
+        with self._told():
+            self.same(self.machine.status(), "running", "QEMU's state")
         bad = [event for event in self.machine.qmp.events if event["event"] in _BAD_EVENTS]
         self.demand(not bad, f"QEMU reports {bad[:2]}")
         self.recorder.record.facts["writes"] = self.last
 
     def finish(self) -> None:
         self._look()
-        acknowledged = self.machine.halt()
-        code = self.machine.quit()
-        self.same(code, 0, "QEMU's exit code")
-        try:
+        with self._told():
+            acknowledged = self.machine.halt()
+            self.same(self.machine.quit(), 0, "QEMU's exit code")
             guest.check(guest.read_record(self.directory / HELD / "0.img", "raw"), acknowledged)
-        except AssertionError as error:
-            self.demand(False, str(error))
         self.fleet.end()
 
     def abandon(self) -> None:

@@ -27,6 +27,7 @@ from tests.failover.recording import FAILED, READY, Board, Recorder, Wrong
 
 PACE_S = 0.2
 """A load rests so long between two steps on average; all loads together must leave the machine idle time."""
+ERROR_REST_S = 0.1
 HELD = "held"
 """Below a load's directory: the images that it has open for writing from READY to the end."""
 
@@ -149,6 +150,7 @@ def run(load: Load, board: Board) -> None:
             go_on = _complain(load, error) and not board.stopping
             load.abandon()
             prepared = False
+            time.sleep(ERROR_REST_S)
     if prepared:
         try:
             load.finish()
@@ -183,6 +185,7 @@ def main() -> int:
     try:
         run(load, board)
     except SystemExit:
+        load.abandon()
         raise
     except BaseException as error:
         recorder.fault(f"the load itself failed: {error!r}")

@@ -107,6 +107,8 @@ class Listing(Load):
 
     NAMES = 150
     PIECE = 1024
+    REST_S = 0.05
+    paced = False
 
     def prepare(self) -> None:
         self.descriptor = -1
@@ -120,6 +122,7 @@ class Listing(Load):
 
     def step(self) -> None:
         """One piece of the listing, so that a kill falls between two pieces as a rule."""
+        time.sleep(self.random.uniform(0, 2 * self.REST_S))
         if self.descriptor < 0:
             flags = os.O_RDONLY | os.O_DIRECTORY
             self.descriptor = self.call("opendir", os.open, self.place("x").parent, flags)

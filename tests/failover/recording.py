@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-ERRORS_MAX = 20
+ERRORS_MAX = 50
 """A load that met so many errors ends."""
 SLOTS_MAX = 64
 _WORDS = 6

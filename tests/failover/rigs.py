@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -213,8 +214,13 @@ def steady(mark: str) -> list[str]:
         time.sleep(POLL_S)
 
 
+def _kinds(table: list[str]) -> Counter[str]:
+    """Names without the numbers of sockets and pipes, which each worker has of its own."""
+    return Counter(re.sub(r"^(socket|pipe):.*", r"\1", name) for name in table)
+
+
 def leaked(mark: str, before: list[str], within: float) -> list[str]:
-    """What the table has more or less than before; it gets `within` seconds, for RELEASE and FORGET come late."""
+    """What the table has more or less than before, after `within` seconds: RELEASE and FORGET come late."""
     end = time.monotonic() + within
     while True:
         family = servers.find(mark)
@@ -226,7 +232,7 @@ def leaked(mark: str, before: list[str], within: float) -> list[str]:
         time.sleep(4 * POLL_S)
     if len(table) == len(before):
         return []
-    more, fewer = Counter(table) - Counter(before), Counter(before) - Counter(table)
+    more, fewer = _kinds(table) - _kinds(before), _kinds(before) - _kinds(table)
     return [
         f"{len(table)} descriptors, {len(before)} at the start",
         *(f"more: {name} ({count})" for name, count in more.most_common(20)),

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 MARK = "LOCKFS_TEST_MOUNT"
+
+
+_JOURNAL = "/memfd:lockfs-journal"
+_PIDS_AT = 2 * 8
+"""Words 2 to 5 of the journal's header (lockfs/journal): guardian, twin, worker, spare."""
+_PIDS = struct.Struct("=qqqq")
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,36 @@ class _Process:
 
 
 def find(mark: str) -> Servers:
-    """The processes of the mount that was started with this mark, by what they look like.
+    """The processes of the mount that was started with this mark, as their journal has it.
 
-    The worker has the most threads and the library of FUSE; the spare has the library and one thread; of
-    the others the guardian is the twin's parent.
+    Without a journal by what they look like: the worker has the most threads and the library of FUSE; the
+    spare has the library and one thread; of the others the guardian is the twin's parent.
     """
     looked = [process for pid in marked(mark) if (process := _look(pid)) is not None]
-    return _roles([process for process in looked if process.state not in "ZX"])
+    found = [process for process in looked if process.state not in "ZX"]
+    for process in found:
+        words = journal_words(process.pid)
+        if words is not None:
+            living = {one.pid for one in found}
+            named = [pid if pid in living else None for pid in words]
+            others = tuple(sorted(living.difference(words)))
+            return Servers(guardian=named[0], twin=named[1], worker=named[2], spare=named[3], others=others)
+    return _roles(found)
+
+
+def journal_words(pid: int) -> tuple[int, int, int, int] | None:
+    """Guardian, twin, worker and spare as the journal's header has them; None: no journal."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            path = f"/proc/{pid}/fd/{name}"
+            if not os.readlink(path).startswith(_JOURNAL):
+                continue
+            with open(path, "rb", buffering=0) as file:
+                data = file.read(_PIDS_AT + _PIDS.size)
+            if len(data) == _PIDS_AT + _PIDS.size and any(data[_PIDS_AT:]):
+                guardian, twin, worker, spare = _PIDS.unpack_from(data, _PIDS_AT)
+                return guardian, twin, worker, spare
+    return None
 
 
 def _roles(found: list[_Process]) -> Servers:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +40,6 @@ def test_a_family_that_repairs_itself_is_good(tmp_path: Path, whom: str) -> None
     assert len(set(pids)) == len(pids) == 3 * (2 if whom == "both" else 1)
     assert report["facts"]["servers"]["guardian"] not in pids
     assert all(row["stall_of"] for row in report["kills"])
-    assert report["stalls"]["longest_ms"] > 0
 
 
 def test_nobody_replaced_is_told(tmp_path: Path) -> None:
@@ -67,16 +68,15 @@ def test_a_lease_that_keeps_nobody_out_is_told(tmp_path: Path) -> None:
     assert "both hosts write" in text
 
 
-@pytest.mark.parametrize(
-    "load",
-    ["append", "kept", "listing", "names", "directories", "attributes", "truncate", "links", "opens",
-     "unlinks", "fio-direct"],
-)  # fmt: skip
-def test_each_load_notices(tmp_path: Path, load: str) -> None:
+def test_each_load_notices(tmp_path: Path) -> None:
     """What a load did not do itself it complains of."""
-    report = run(tmp_path, "--count=0", f"--only={load}", f"--spoil={load}")
-    assert report["failures"]
-    assert all(failure.startswith(load) for failure in report["failures"])
+    loads = (
+        "append", "kept", "listing", "names", "directories", "attributes", "truncate", "links", "opens",
+        "unlinks", "fio-direct",
+    )  # fmt: skip
+    report = run(tmp_path, "--count=0", f"--only={','.join(loads)}", f"--spoil={','.join(loads)}")
+    complaining = {failure.split(":")[0] for failure in report["failures"]}
+    assert complaining == set(loads)
 
 
 def test_the_longest_request_over_a_kill() -> None:
@@ -107,6 +107,17 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     record = Record("load", [Request("load", what, at, at + 1) for at, what in enumerate("abca")])
     record.write(tmp_path / "load.json")
     assert Record.read(tmp_path / "load.json") == record
+
+
+def test_roles_of_the_journal() -> None:
+    """A journal tells the roles to whoever may look into the process that has it."""
+    assert servers.journal_words(os.getpid()) is None
+    descriptor = os.memfd_create("lockfs-journal")
+    try:
+        os.write(descriptor, struct.pack("=qqqqqq", 1, 2, 11, 12, 13, 14))
+        assert servers.journal_words(os.getpid()) == (11, 12, 13, 14)
+    finally:
+        os.close(descriptor)
 
 
 def test_roles_without_a_family() -> None:

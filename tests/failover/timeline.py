@@ -46,8 +46,13 @@ def sort_out(
     return worst, rest
 
 
-def rows(kills: Sequence[Kill], worst: Sequence[Request | None]) -> list[dict[str, Any]]:
-    """For every kill its longest request, in milliseconds, and what it was."""
+def rows(
+    kills: Sequence[Kill], worst: Sequence[Request | None], of_guests: Sequence[Request | None]
+) -> list[dict[str, Any]]:
+    """For every kill its longest request, in milliseconds, and what it was.
+
+    Those of guests stand apart: they are told by a guest's progress, which has rests of its own.
+    """
     return [
         {
             "number": kill.number,
@@ -56,8 +61,9 @@ def rows(kills: Sequence[Kill], worst: Sequence[Request | None]) -> list[dict[st
             "repaired_ms": round((kill.served - kill.at) / 1e6, 1),
             "stall_ms": round(request.ms, 1) if request else 0.0,
             "stall_of": f"{request.load}: {request.what}" if request else None,
+            "guests_ms": round(guest.ms, 1) if guest else 0.0,
         }
-        for kill, request in zip(kills, worst, strict=True)
+        for kill, request, guest in zip(kills, worst, of_guests, strict=True)
     ]
 
 
@@ -69,6 +75,7 @@ def summary(table: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {
         "longest_ms": max(values),
         "median_ms": round(statistics.median(values), 1),
+        "guests_longest_ms": max(float(row["guests_ms"]) for row in table),
         "longest_repair_ms": max(float(row["repaired_ms"]) for row in table),
     }
 

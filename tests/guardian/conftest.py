@@ -25,6 +25,7 @@ SHORT = {
     "heartbeat": 0.4,
     "start": 2.0,
     "loop_steady": 10.0,
+    "loop_killed": 10.0,
     "fenced_retry": 0.2,
     "clone_retry": 0.1,
 }
@@ -130,21 +131,15 @@ class Family:
 
     def clean_up(self) -> None:
         """Leave nothing."""
-        self.events()
         if self.memory is not None:
-            self.pids()
             self.memory.close()
         (self.directory / "end").touch()
-        pids = {self.process.pid, *self.seen} - {0}
         end = time.monotonic() + DEADLINE_S
-        while (left := [pid for pid in pids if alive(pid) and ours(pid, self.directory)]) and (
-            time.monotonic() < end
-        ):
+        while (left := members(self.directory)) and time.monotonic() < end:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self.process.poll()
-            time.sleep(0.01)
         self.process.wait(DEADLINE_S)
 
 
@@ -156,12 +151,14 @@ def alive(pid: int) -> bool:
         return False
 
 
-def ours(pid: int, directory: Path) -> bool:
-    """Whether a process is one of this test's: its number may be another's by now."""
-    try:
-        return os.fsencode(directory) in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+def members(directory: Path) -> list[int]:
+    """All processes of a test's family, by their command line; zombies have none."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.fsencode(directory) in Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0"):
+                found.append(int(name))
+    return found
 
 
 @pytest.fixture

@@ -59,7 +59,8 @@ class Program:
         if how == "hopeless":
             return EXIT_HOPELESS
         if turn.first:
-            held = os.open(self._directory / "behaviour.json", os.O_RDONLY)
+            (self._directory / "held").write_text("kept")
+            held = os.open(self._directory / "held", os.O_RDONLY)
             self._memory.facts.set("held", {"fd": held})
         lost = os.open(self._directory / "behaviour.json", os.O_RDONLY)
         fact = self._memory.facts.get("held")
@@ -67,7 +68,7 @@ class Program:
         signal.signal(signal.SIGTERM, lambda number, frame: self._asked_to_end(number))
         turn.listening()
         turn.ready()
-        content = os.pread(fact["fd"], 1, 0).decode()
+        content = os.pread(fact["fd"], 4, 0).decode()
         self.note("ready", held=fact["fd"], content=content, lost=lost, session=os.getsid(0))
         if how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -93,6 +94,7 @@ class Program:
             self._memory,
             kept,
             lambda: self.note("on ready"),
+            (self._directory / "over").exists,
             upgrade.Program(
                 (sys.executable, "-m", self._behaviour.get("program", "tests.guardian.program")),
                 (str(self._directory),),

@@ -35,15 +35,14 @@ def test_killed_worker_is_replaced(family: Family) -> None:
     kill(family.pids()["worker"])
     second = family.turns(2)
     assert second["pid"] != first["pid"]
-    assert (second["held"], second["content"]) == (first["held"], "{")
+    assert (second["held"], second["content"]) == (first["held"], "kept")
     event = family.of("turn")[1]
     assert (event["first"], event["fenced"], event["died"]) == (False, False, "was killed by SIGKILL")
     links = {
         int(name): os.readlink(f"/proc/{second['pid']}/fd/{name}")
         for name in os.listdir(f"/proc/{second['pid']}/fd")
     }
-    named = [number for number, link in links.items() if link.endswith("behaviour.json")]
-    assert sorted(named) == sorted({first["held"], second["lost"]})
+    assert [number for number, link in links.items() if link.endswith("behaviour.json")] == [second["lost"]]
     family.complete(first["pid"])
     family.end()
 
@@ -80,25 +79,20 @@ def test_hanging_loop_is_replaced(family: Family) -> None:
 
 def test_guardian_that_was_stopped_kills_nobody(family: Family) -> None:
     """After a stop of everybody, however long, the worker has its time to show that it lives."""
-    family.start(limits={"heartbeat": 0.4, "poll": 0.05})
+    family.start(limits={"heartbeat": 1.5, "poll": 0.05})
     pids = family.pids()
-    for name in ("guardian", "worker"):
-        os.kill(pids[name], signal.SIGSTOP)
+    os.kill(pids["worker"], signal.SIGSTOP)
     before = family.header.heartbeat_ns
-    time.sleep(0.8)  # the length of the stop is what is tested
+    time.sleep(0.2)  # the guardian has seen the last heartbeat; what follows is the length of the stop
+    os.kill(pids["guardian"], signal.SIGSTOP)
+    time.sleep(1.6)
     os.kill(pids["guardian"], signal.SIGCONT)
-    family.until(lambda: stopped_looking(pids["guardian"]), "the guardian looks again")
+    kill(pids["twin"])
+    family.until(lambda: family.pids()["twin"] not in (0, pids["twin"]), "the guardian has looked again")
     os.kill(pids["worker"], signal.SIGCONT)
     family.until(lambda: family.header.heartbeat_ns > before, "a heartbeat")
-    kill(pids["twin"])  # and the guardian has gone through its loop, for it replaces the twin
-    family.until(lambda: family.pids()["twin"] not in (0, pids["twin"]), "a new twin")
     assert family.pids()["worker"] == pids["worker"]
     family.end()
-
-
-def stopped_looking(pid: int) -> bool:
-    """Whether a process runs or sleeps, not stopped."""
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "SR"
 
 
 def test_twin_takes_over(family: Family) -> None:
@@ -164,9 +158,18 @@ def test_crash_loop(family: Family) -> None:
     family.attach()
 
 
-def test_steady_workers_are_no_crash_loop(family: Family) -> None:
-    """Deaths count only if they come soon after the start."""
-    family.start(limits={"loop_steady": 0.0})
+def test_crash_loop_after_the_end(family: Family) -> None:
+    """If there is nothing left to serve a crash loop ends the family."""
+    family.start(ready=False, others="die")
+    (family.directory / "over").touch()
+    ending = family.ended()
+    assert (ending["code"], len(family.of("turn"))) == (2, 5)
+
+
+@pytest.mark.parametrize("steady", [0.0, 10.0])
+def test_steady_workers_are_no_crash_loop(family: Family, steady: float) -> None:
+    """Deaths count only if they come soon after the start; by SIGKILL, only if nothing was served yet."""
+    family.start(limits={"loop_steady": steady, "loop_killed": 0.0})
     for count in range(2, 9):
         kill(family.complete()["worker"])
         family.turns(count)
@@ -220,10 +223,9 @@ def test_sessions(family: Family) -> None:
     """What a terminal sends reaches only the guardian."""
     family.start()
     pids = family.pids()
-    sessions = {name: os.getsid(pid) for name, pid in pids.items()}
-    assert [sessions[name] for name in ("twin", "worker", "spare")] == [
-        pids[name] for name in ("twin", "worker", "spare")
-    ]
+    others = [pids[name] for name in ("twin", "worker", "spare")]
+    family.until(lambda: [os.getsid(pid) for pid in others] == others, "sessions of their own")
+    assert os.getsid(pids["guardian"]) == os.getsid(0)
 
 
 def test_guardian_is_small(family: Family) -> None:
@@ -237,7 +239,7 @@ def test_guardian_is_small(family: Family) -> None:
 
 def test_descriptors_stay_few(family: Family) -> None:
     """However often members are killed, the shared table does not grow."""
-    family.start(limits={"loop_steady": 0.0})
+    family.start(limits={"loop_steady": 0.0, "loop_killed": 0.0})
     counts = []
     for count in range(2, 8):
         pids = family.complete()
@@ -247,12 +249,12 @@ def test_descriptors_stay_few(family: Family) -> None:
         family.turns(count)
         after = family.complete(pids["worker"])
         counts.append(len(os.listdir(f"/proc/{after['guardian']}/fd")))
-    assert max(counts) <= counts[0]
+    assert max(counts) <= counts[0] + 1, counts  # one more may wait for the next worker's sweep
     family.end()
 
 
 def test_upgrade(family: Family) -> None:
-    """SIGHUP: the program as it is now goes on in the same process, with what the journal names still open."""
+    """SIGHUP: the program as it is now goes on in the same process, with what the journal names open."""
     family.start()
     first = family.turns(1)
     guardian = family.pids()["guardian"]
@@ -261,7 +263,7 @@ def test_upgrade(family: Family) -> None:
     after = family.complete(first["pid"])
     assert after["guardian"] == guardian
     assert family.of("start")[1]["upgraded"] == str(guardian)
-    assert (second["held"], second["content"]) == (first["held"], "{")
+    assert (second["held"], second["content"]) == (first["held"], "kept")
     event = family.of("turn")[1]
     assert (event["first"], event["died"]) == (False, "was replaced by a new version")
     kill(after["guardian"])

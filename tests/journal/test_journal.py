@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lockfs.journal.facts import FACTS_MAX, SLOT_BYTES, VALUE_BYTES_MAX, Facts, JournalFull
+from lockfs.journal.facts import SMALL_BYTES, SMALL_MAX, VALUE_BYTES_MAX, Facts, JournalFull
 from lockfs.journal.inodes import INODES_MAX, InodeSlots
 from lockfs.journal.memory import JournalError, SharedMemory
 
@@ -62,7 +62,7 @@ def test_a_fact_that_was_removed_is_gone_and_its_slot_used_again(memory: SharedM
     seen = other(memory)
     assert seen.facts.items("") == {"a": "a", "c": "c"}
     seen.facts.set("d", "d")
-    assert seen.facts._used == 3
+    assert seen.facts._small._used == 3
     assert other(memory).facts.items("") == {"a": "a", "c": "c", "d": "d"}
 
 
@@ -75,8 +75,29 @@ def test_what_is_too_long_is_refused_and_changes_nothing(memory: SharedMemory, o
     assert len(str(other(memory).facts.get("key"))) == VALUE_BYTES_MAX - 5
 
 
+def test_a_value_that_grows_moves(memory: SharedMemory, other: Other) -> None:
+    memory.facts.set("key", "small")
+    memory.facts.set("key", "x" * SMALL_BYTES)
+    memory.facts.set("next", "small")
+    seen = other(memory)
+    assert seen.facts.items("") == {"key": "x" * SMALL_BYTES, "next": "small"}
+    seen.facts.set("key", "small again")
+    assert other(memory).facts.get("key") == "small again"
+
+
+def test_of_a_value_half_moved_the_new_one_counts(memory: SharedMemory, other: Other) -> None:
+    memory.facts.set("key", "small")
+    memory.facts._large.write(memory.facts._large.take(), b"key", b'"large"')
+    seen = other(memory)
+    assert seen.facts.get("key") == "large"
+    seen.facts.remove("key")
+    assert other(memory).facts.get("key") is None
+    seen.facts.set("other", 1)
+    assert other(memory).facts.items("") == {"other": 1}
+
+
 def test_a_full_journal_says_so(memory: SharedMemory) -> None:
-    memory.facts._used = FACTS_MAX
+    memory.facts._small._used = SMALL_MAX
     with pytest.raises(JournalFull):
         memory.facts.set("one", 1)
 
@@ -84,7 +105,8 @@ def test_a_full_journal_says_so(memory: SharedMemory) -> None:
 def test_a_value_half_written_does_not_count(memory: SharedMemory, other: Other) -> None:
     memory.facts.set("key", {"old": 1})
     # Everything that a write does before the word says so: the other copy holds rubbish.
-    memory.facts._memory[16 + (SLOT_BYTES - 16) // 2 : SLOT_BYTES] = b"\xff" * ((SLOT_BYTES - 16) // 2)
+    half = (SMALL_BYTES - 16) // 2
+    memory.facts._small._memory[16 + half : 16 + 2 * half] = b"\xff" * half
     assert other(memory).facts.get("key") == {"old": 1}
 
 

@@ -175,7 +175,8 @@ async def test_an_open_that_nobody_was_told_of_ends(life: Life, autojump_clock: 
     number = (await life.mirror.open(inode, os.O_RDWR, gone)).fh
     await life.worker()
     assert life.handles.find(number) is not None
-    await life.mirror.recalling.settle()
+    with trio.move_on_after(recalling.UNTOLD_S + 1):
+        await life.mirror.recalling.settle()
     assert life.handles.find(number) is None
     assert not life.mirror.keeper.images()
 
@@ -193,7 +194,8 @@ async def test_an_open_is_kept_whose_opener_has_the_file(life: Life, autojump_cl
     number = (await life.mirror.open(await life.number("image"), os.O_RDWR, asks(8))).fh
     await life.worker()
     descriptor = os.open(life.path / "image", os.O_RDWR)
-    await life.mirror.recalling.settle()
+    with trio.move_on_after(recalling.UNTOLD_S + 1):
+        await life.mirror.recalling.settle()
     os.close(descriptor)
     assert life.handles.find(number) is not None
     await life.mirror.release(number)
@@ -345,8 +347,8 @@ async def test_an_inode_that_the_kernel_does_not_know_is_forgotten(
     handle = await life.open("open", os.O_RDONLY)
     await life.worker()
     life.kernel.unknown = {numbers["lost"], numbers["open"]}
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(life.mirror.recalling.settle)
+    with trio.move_on_after(2 * recalling.FORGET_S):
+        await life.mirror.recalling.settle()
     table = life.mirror._store.inodes
     assert table.known(numbers["lost"]) is None
     assert table.known(numbers["known"]) is not None
@@ -361,10 +363,31 @@ async def test_an_inode_that_is_told_anew_meanwhile_stays(life: Life, autojump_c
     life.kernel.unknown = {number}
     async with trio.open_nursery() as nursery:
         nursery.start_soon(life.mirror.recalling.settle)
-        await trio.sleep(recalling.UNTOLD_S - 1)
-        life.kernel.unknown = set()
+        await trio.sleep(recalling.FORGET_S / 2)
         assert await life.number("image") == number
+        await trio.sleep(5 * recalling.FORGET_S)
+        nursery.cancel_scope.cancel()
     assert life.mirror._store.inodes.known(number) is not None
+
+
+async def test_an_inode_that_was_counted_too_often_is_forgotten_with_its_last_lookup(
+    life: Life, autojump_clock: object
+) -> None:
+    """The kernel knows it, and gives it up later: with one lookup less than it was counted for."""
+    (life.path / "image").write_bytes(b"")
+    number = await life.number("image")
+    await life.number("image")
+    await life.worker()
+    table = life.mirror._store.inodes
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(life.mirror.recalling.settle)
+        await trio.sleep(3 * recalling.FORGET_S)
+        await life.mirror.forget([(number, 1)])
+        assert table.known(number) is not None
+        life.kernel.unknown = {number}
+        await trio.sleep(2 * recalling.FORGET_S)
+        nursery.cancel_scope.cancel()
+    assert table.known(number) is None
 
 
 async def test_a_close_that_was_done_may_come_again(life: Life) -> None:

@@ -23,6 +23,7 @@ from random import Random
 
 import trio
 
+from lockfs.backends.paxos.places import HOSTS_DEFAULT
 from lockfs.paxos.area import Area
 from lockfs.paxos.lockspace import Lockspace
 from lockfs.paxos.resource import Resource
@@ -37,7 +38,7 @@ from tests.support.sanlock_client import Registration
 ROUNDS = 200
 WARM_UP = 10  # rounds that do not count
 JOINS = 3
-SMALL_HOSTS = 64
+HOSTS = (FILE_GEOMETRY.hosts_max, HOSTS_DEFAULT, 64)
 IO_TIMEOUT = 1
 DAEMON_ID, ENGINE_ID, FIRST_JOINER = 1, 2, 10
 ACQUIRE_BAR = 0.5  # of the daemon's time
@@ -151,20 +152,21 @@ async def _joins(directory: Path, daemon: SanlockDaemon) -> Times:
 
 async def measure(directory: Path, rounds: int) -> tuple[list[Times], Times]:
     """Everything: the times of acquiring and releasing, and those of joining."""
-    file = LeaseFile(directory / "leases", 2)
+    file = LeaseFile(directory / "leases", len(HOSTS))
     found: list[Times] = []
     with trio.fail_after(ALL_S):
         async with SanlockDaemon(directory, "bench") as daemon:
             client = daemon.client
             await file.init(client, io_timeout=IO_TIMEOUT)
-            await client.init_resource(file.resources[1], num_hosts=SMALL_HOSTS)
+            for number, hosts in enumerate(HOSTS):
+                await client.init_resource(file.resources[number], num_hosts=hosts)
             await client.add_lockspace(file.lockspace, DAEMON_ID, io_timeout=IO_TIMEOUT)
             async with _disk(file, RENEWAL_PLACES) as renewals, _disk(file, 1) as leases:
                 lockspace = _lockspace(renewals, file, ENGINE_ID)
                 await lockspace.join()
                 async with trio.open_nursery() as nursery, client.register() as registration:
                     nursery.start_soon(_renew, lockspace)
-                    for number, hosts in enumerate((FILE_GEOMETRY.hosts_max, SMALL_HOSTS)):
+                    for number, hosts in enumerate(HOSTS):
                         area = Area(leases, sanlock.AREA * (1 + number), FILE_GEOMETRY, float(IO_TIMEOUT))
                         name = file.resources[number].name
                         engine = Resource(area, lockspace, name, Random(1), hosts)

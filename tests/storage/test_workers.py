@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -10,9 +11,10 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from lockfs.storage.workers import NotInTime, Workers, WorkersStopped
+from lockfs.storage.workers import NotInTime, Workers, WorkersStopped, _Bell
 
-from .fakes import Held
+from .conftest import all_threads_ended
+from .fakes import WAIT_S, Held
 
 TIMEOUT_S = 10.0
 NAME = "disk of a test"  # so that all_threads_ended knows them
@@ -100,3 +102,54 @@ trio.run(main)
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+# --- bells
+
+
+async def test_whoever_is_first_decides() -> None:
+    """A bell that was rung is heard however late; one that was let go of is not rung any more."""
+    bell = _Bell()
+    assert bell.ring()
+    await bell.rung()
+    assert bell.let_go()
+    bell = _Bell()
+    assert not bell.let_go()
+    assert not bell.ring()
+
+
+async def test_a_thread_that_rings_just_now_is_waited_for() -> None:
+    """The task lets go between the thread's claim and its ringing: the descriptor is closed after both."""
+    bell = _Bell()
+    assert bell._is_first()  # the thread's claim
+    ringing = threading.Thread(target=lambda: os.eventfd_write(bell._fd, 1))
+    ringing.start()
+    assert bell.let_go()
+    ringing.join()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(bell._fd)
+
+
+async def test_an_end_that_meets_a_cancellation_is_counted_once() -> None:
+    """The work has ended when its caller is cancelled: nothing is stuck, and its place is free."""
+    workers, begun, go = Workers(NAME, 1), threading.Event(), threading.Event()
+    ends: list[None] = []
+
+    def work() -> None:
+        begun.set()
+        go.wait(WAIT_S)
+
+    for _ in range(20):
+        begun.clear()
+        go.clear()
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(workers.run, work, TIMEOUT_S, lambda: ends.append(None))
+                await trio.to_thread.run_sync(begun.wait, WAIT_S)
+                go.set()
+                scope.cancel()
+        await workers.run(nothing, TIMEOUT_S)
+        assert workers.stuck == 0
+    assert len(ends) == 20
+    await workers.stop(nothing, TIMEOUT_S)
+    await all_threads_ended()

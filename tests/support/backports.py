@@ -1,4 +1,6 @@
-"""A newer QEMU from the release's backports, unpacked into a cache and never installed.
+"""A newer QEMU, and a kernel for guests, from the release's backports.
+
+Both are unpacked into a cache and never installed.
 
 The mirror, the keys and the components are those of this machine's own apt sources; apt works with a
 private list and a private state, so nothing of the machine's package state changes. The cache is
@@ -13,12 +15,14 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.qemu import Build
 
 PACKAGES = ("qemu-system-x86", "qemu-utils")
+KERNEL = "linux-image-cloud-amd64"
 UPDATE_S = 180
 DOWNLOAD_S = 600
 MAJOR = 10  # the oldest release that counts as new
@@ -27,9 +31,18 @@ _DONE = "complete"
 
 @dataclass(frozen=True)
 class Unavailable:
-    """Why there is no newer QEMU here, as a sentence."""
+    """Why something cannot be had here, as a sentence."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that lies below `root`, as its package has it, modules included."""
+
+    release: str
+    image: Path
+    root: Path
 
 
 @dataclass(frozen=True)
@@ -49,21 +62,38 @@ def cache_directory() -> Path:
 
 def backported_qemu() -> Build | Unavailable:
     """The newer QEMU, downloaded the first time, or the reason why it cannot be had."""
+    root = _unpacked("qemu", PACKAGES, lambda name: True)
+    return root if isinstance(root, Unavailable) else _build(root)
+
+
+def backported_kernel() -> Kernel | Unavailable:
+    """The kernel for guests, downloaded the first time, or the reason why it cannot be had."""
+    root = _unpacked("kernel", (KERNEL,), lambda name: name.startswith("linux-image-"))
+    if isinstance(root, Unavailable):
+        return root
+    images = sorted((root / "boot").glob("vmlinuz-*"))
+    if not images:
+        return Unavailable(f"{KERNEL} brought no kernel")
+    return Kernel(images[-1].name.removeprefix("vmlinuz-"), images[-1], root)
+
+
+def _unpacked(what: str, packages: Sequence[str], needed: Callable[[str], bool]) -> Path | Unavailable:
+    """Where `packages` lie unpacked, with those of their dependencies that are `needed`."""
     release = _release()
     if not release:
         return Unavailable("this machine's release has no code name, hence no backports")
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        return Unavailable("apt-get is needed to fetch QEMU from backports")
-    place = cache_directory() / f"qemu-{release}-backports"
+        return Unavailable(f"apt-get is needed to fetch {packages[0]} from backports")
+    place = cache_directory() / f"{what}-{release}-backports"
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (place / _DONE).exists():
             try:
-                _fetch(place, release)
+                _fetch(place, release, packages, needed)
             except (_CannotFetch, subprocess.TimeoutExpired) as error:
-                return Unavailable(f"QEMU from backports cannot be fetched: {error}")
-    return _build(place / "root")
+                return Unavailable(f"{packages[0]} from backports cannot be fetched: {error}")
+    return place / "root"
 
 
 class _CannotFetch(Exception):
@@ -112,7 +142,7 @@ def _apt(place: Path, *args: str, timeout: float, cwd: Path | None = None) -> st
     return done.stdout
 
 
-def _fetch(place: Path, release: str) -> None:
+def _fetch(place: Path, release: str, packages: Sequence[str], needed: Callable[[str], bool]) -> None:
     sources = _sources(release)
     if not sources:
         raise _CannotFetch(f"no apt source of this machine has {release}")
@@ -124,10 +154,14 @@ def _fetch(place: Path, release: str) -> None:
     ]
     (place / "sources.list").write_text("".join(lines))
     _apt(place, "update", timeout=UPDATE_S)
-    plan = _apt(place, "-s", "--no-install-recommends", "-t", suite, "install", *PACKAGES, timeout=60)
+    # What is installed here already would be left out of the plan.
+    (place / "status").touch()
+    bare = ("-o", f"Dir::State::status={place}/status") if packages == (KERNEL,) else ()
+    plan = _apt(place, *bare, "-s", "--no-install-recommends", "-t", suite, "install", *packages, timeout=60)
     wanted = re.findall(r"^Inst (\S+) (?:\[[^\]]*\] )?\((\S+) ", plan, re.MULTILINE)
-    if not any(name in PACKAGES for name, _ in wanted):
-        raise _CannotFetch(f"{suite} has no QEMU newer than the one installed")
+    if not any(name in packages for name, _ in wanted):
+        raise _CannotFetch(f"{suite} has no {packages[0]} newer than the one installed")
+    wanted = [(name, version) for name, version in wanted if needed(name)]
     with tempfile.TemporaryDirectory(dir=place) as scratch:
         _apt(
             place, "download", *(f"{name}={version}" for name, version in wanted),

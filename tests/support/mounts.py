@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ import pytest
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 20.0
 POLL_S = 0.01
+FAMILY = {"lockfs", "lockfs-twin", "lockfs-worker", "lockfs-spare"}
+"""What the processes of a mount are called: guardian, twin, worker, spare."""
 
 
 def why_not_mount() -> str | None:
@@ -25,6 +28,14 @@ def why_not_mount() -> str | None:
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         return "there is no /dev/fuse"
     return None
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there, zombies not counted."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 needs_mount = pytest.mark.skipif(why_not_mount() is not None, reason=why_not_mount() or "")
@@ -43,6 +54,35 @@ class Mount:
     def log(self) -> str:
         """What the server wrote so far."""
         return self.log_file.read_text(errors="replace")
+
+    def family(self) -> dict[str, int]:
+        """The processes of this mount by their names: those of FAMILY, and "python" before they have one.
+
+        Whoever was killed and whose place was filled is not among them.
+        """
+        found = {}
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+                if os.fsencode(self.path) in words and os.fsencode(self.source) in words:
+                    found[Path(f"/proc/{name}/comm").read_text().strip()] = int(name)
+            except OSError:
+                continue
+        return found
+
+    def kill(self, *names: str) -> None:
+        """End processes of the mount as a crash does, by their names, all at once; without names, all."""
+        family = self.family()
+        pids = [family[name] for name in names or family]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                os.kill(pid, number)
+        if self.process.pid in pids:
+            self.process.wait()
+        end = time.monotonic() + STOP_DEADLINE_S
+        while any(_runs(pid) for pid in pids):
+            assert time.monotonic() < end, f"{pids} survived a SIGKILL"
+            time.sleep(POLL_S)
 
     def descriptors(self) -> int:
         """How many descriptors the server has open."""
@@ -71,11 +111,10 @@ class Mount:
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 pytest.fail(f"lockfs ended with {self.process.returncode}:\n{self.log()}")
-            if " serves " in self.log():
+            if " serves " in self.log() and self.family().keys() >= FAMILY:
                 return
             time.sleep(POLL_S)
-        self.process.kill()
-        self.process.wait()
+        self.kill()
         pytest.fail(f"lockfs was not ready in time:\n{self.log()}")
 
     def stop(self) -> None:
@@ -87,15 +126,13 @@ class Mount:
                     break
                 if time.monotonic() > end:
                     subprocess.run(["umount", "-l", str(self.path)], check=False)
-                    self.process.kill()
-                    self.process.wait()
+                    self.kill()
                     pytest.fail(f"{self.path} stayed busy:\n{self.log()}")
                 time.sleep(0.05)
         try:
             code = self.process.wait(STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            self.kill()
             pytest.fail(f"lockfs did not end after the unmount:\n{self.log()}")
         if code:
             pytest.fail(f"lockfs ended with {code}:\n{self.log()}")

@@ -6,18 +6,20 @@ seeds within which it must be caught."""
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
-from lockfs.paxos import liveness, lockspace, resource
+from lockfs.paxos import contest, liveness, lockspace, resource
 from lockfs.paxos.ballot import Ballot, Pen, Value
+from lockfs.paxos.contest import Bid, Contest, Go, Survey
 from lockfs.paxos.liveness import OwnerCheck, Verdict
 from lockfs.paxos.lockspace import Lockspace, Standing
 from lockfs.paxos.resource import Resource
+from lockfs.paxos.seams import Plan
 from lockfs.paxos.timing import Timing
 from lockfs.records import sectors
 from lockfs.records.geometry import HOSTS_MAX
@@ -57,30 +59,30 @@ class Variant:
 # Ballots
 
 
-async def _no_phase_2(self: Ballot, pen: Pen) -> tuple[Value, set[int]]:
-    await pen.inscribe(Dblock(mbal=self.mbal, lver=self.lver).summed(), self.mode)
-    others = await self._read()
+def _no_phase_2(self: Ballot, pen: Pen) -> Plan[tuple[Value, set[int]]]:
+    yield from pen.inscribe(Dblock(mbal=self.mbal, lver=self.lver).summed(), self.mode)
+    others = yield from self._read()
     self._compare(others)
     value = self._choose(others)
     return value, {host_id for host_id, record in others.items() if record.mode.shared}
 
 
-async def _no_reading_before_phase_2(self: Ballot, pen: Pen) -> tuple[Value, set[int]]:
+def _no_reading_before_phase_2(self: Ballot, pen: Pen) -> Plan[tuple[Value, set[int]]]:
     value = self.proposal
     proposed = Dblock(self.mbal, self.mbal, value.host_id, value.generation, value.timestamp, self.lver)
-    await pen.inscribe(proposed.summed(), self.mode)
-    others = await self._read()
+    yield from pen.inscribe(proposed.summed(), self.mode)
+    others = yield from self._read()
     self._compare(others)
     return value, {host_id for host_id, record in others.items() if record.mode.shared}
 
 
-async def _no_reading_after_phase_2(self: Ballot, pen: Pen) -> tuple[Value, set[int]]:
-    await pen.inscribe(Dblock(mbal=self.mbal, lver=self.lver).summed(), self.mode)
-    others = await self._read()
+def _no_reading_after_phase_2(self: Ballot, pen: Pen) -> Plan[tuple[Value, set[int]]]:
+    yield from pen.inscribe(Dblock(mbal=self.mbal, lver=self.lver).summed(), self.mode)
+    others = yield from self._read()
     self._compare(others)
     value = self._choose(others)
     proposed = Dblock(self.mbal, self.mbal, value.host_id, value.generation, value.timestamp, self.lver)
-    await pen.inscribe(proposed.summed(), self.mode)
+    yield from pen.inscribe(proposed.summed(), self.mode)
     return value, {host_id for host_id, record in others.items() if record.mode.shared}
 
 
@@ -88,30 +90,28 @@ def _own_value_always(self: Ballot, records: dict[int, HostRecord]) -> Value:
     return self.proposal
 
 
-def _mode_forgotten(
-    contend: Callable[..., Awaitable[tuple[Leader, set[int]] | None]],
-) -> Callable[..., Awaitable[tuple[Leader, set[int]] | None]]:
-    def contended(self: Resource, survey: Any, mode: ModeBlock, give_up_at: float, **how: bool) -> Any:
-        return contend(self, survey, sectors.NOT_SHARED, give_up_at, **how)
+def _mode_forgotten(self: Contest, survey: Survey, mode: ModeBlock, *, short: bool) -> Bid:
+    return _bid(self, survey, sectors.NOT_SHARED, short=short)
 
-    return contended
+
+_bid = Contest.bid
 
 
 class _NumbersOfNobody(Ballot):
     """Every host takes the same number of each round."""
 
-    async def run(self, pen: Pen) -> tuple[Value, set[int]]:
+    def run(self, pen: Pen) -> Plan[tuple[Value, set[int]]]:
         step = HOSTS_MAX
-        return await Ballot.run(replace(self, mbal=self.mbal // step * step + 1), pen)
+        return (yield from Ballot.run(replace(self, mbal=self.mbal // step * step + 1), pen))
 
 
-async def _next_from_a_later_reading(self: Resource, survey: Any, *rest: Any, **how: Any) -> Any:
+def _next_from_a_later_reading(self: Contest, bid: Bid, *, in_hand: bool) -> Plan[Go]:
     """The version is the one after whatever the leader says now."""
-    now = await self._read_leader()
-    return await _contend(self, replace(survey, leader=now), *rest, **how)
+    now = yield from self.read_leader()
+    return (yield from _go(self, replace(bid, survey=replace(bid.survey, leader=now)), in_hand=in_hand))
 
 
-_contend = Resource._contend
+_go = Contest.go
 
 
 def _after_the_leader(self: Any) -> int:
@@ -183,7 +183,7 @@ def _only_eight(self: Timing) -> int:
 # Giving back
 
 
-async def _nobody_shares(self: Resource, sharers: set[int]) -> list[tuple[int, int]]:
+async def _nobody_shares(self: Resource, sharers: frozenset[int]) -> list[tuple[int, int]]:
     return []
 
 
@@ -192,24 +192,22 @@ def _mark_left_out(dblock: Dblock) -> Dblock:
 
 
 async def _not_settled(self: Resource) -> None:
-    self.unsettled = False
+    self._contest.unsettled = False
 
 
-async def _settled_without_waiting(self: Resource) -> None:
+def _settled_without_waiting(self: Resource) -> Plan[None]:
     """Settling lets go without having waited for what it wrote to the leader."""
-    if not self.unsettled or self._lockspace.standing() is Standing.LOST:
-        self.unsettled = False
-        return
     mode = sectors.NOT_SHARED
     if self.hold is resource.Hold.SHARED:
         mode = ModeBlock(sectors.SHARED, self._lockspace.generation)
-    await self._inscribe(replace(self._written.dblock, flags=sectors.RELEASED), mode)
-    self.unsettled = False
+    written = replace(self._contest.written.dblock, flags=sectors.RELEASED)
+    yield from self._contest.write_own(written, mode)
+    self._contest.unsettled = False
 
 
-async def _leader_freed_first(self: Resource, mine: Leader, mode: ModeBlock) -> None:
-    await self._release_leader(mine)
-    self.unsettled = False
+def _leader_freed_first(self: Resource, mine: Leader, mode: ModeBlock) -> Plan[None]:
+    yield from self._release_leader(mine)
+    self._contest.unsettled = False
 
 
 VARIANTS = (
@@ -217,9 +215,9 @@ VARIANTS = (
     Variant("nothing read before phase 2", 100, ((Ballot, "run", _no_reading_before_phase_2),)),
     Variant("nothing read after phase 2", 100, ((Ballot, "run", _no_reading_after_phase_2),)),
     Variant("a value proposed by others is not taken over", 100, ((Ballot, "_choose", _own_value_always),)),
-    Variant("ballot numbers of nobody", 100, ((resource, "Ballot", _NumbersOfNobody),)),
-    Variant("version from a later reading", 100, ((Resource, "_contend", _next_from_a_later_reading),)),
-    Variant("version of the leader alone", 500, ((resource._Survey, "next", property(_after_the_leader)),)),
+    Variant("ballot numbers of nobody", 100, ((contest, "Ballot", _NumbersOfNobody),)),
+    Variant("version from a later reading", 100, ((Contest, "go", _next_from_a_later_reading),)),
+    Variant("version of the leader alone", 500, ((Survey, "next", property(_after_the_leader)),)),
     Variant("nothing read after the join", 100, ((Lockspace, "_read_own", _no_reading_after_join),)),
     Variant("a join however slow", 500, ((Lockspace, "_overlaps_until", _never),)),
     Variant("no delay for an id that is silent", 500, ((Lockspace, "_outwait", _no_wait_for_a_silent_id),)),
@@ -240,10 +238,12 @@ VARIANTS = (
     Variant("no delay for a dead owner", 100, ((OwnerCheck, "verdict", _silent_is_dead),)),
     Variant("the watchdog's time not waited for", 500, ((Timing, "dead", property(_only_eight)),)),
     Variant("sharers not looked for", 100, ((Resource, "_living", _nobody_shares),)),
-    Variant("mode block dropped while converting", 100, ((Resource, "_contend", _mode_forgotten(_contend)),)),
-    Variant("release without the mark", 100, ((resource, "_released", _mark_left_out),)),
+    Variant("mode block dropped while converting", 100, ((Contest, "bid", _mode_forgotten),)),
+    Variant("release without the mark", 100, ((contest, "released", _mark_left_out),)),
     Variant("own sector not marked when giving back", 500, ((Resource, "_give_back", _leader_freed_first),)),
     Variant("nothing settled", 100, ((Resource, "settle", _not_settled),)),
-    Variant("leader left as it is when settling", 100, ((Resource, "settle", _settled_without_waiting),)),
+    Variant(
+        "leader left as it is when settling", 100, ((Resource, "_put_in_order", _settled_without_waiting),)
+    ),
     Variant("writes of one sector in any order", 500, (), ordered=False),
 )

@@ -1,0 +1,107 @@
+"""Hosts that share an NFS export with file locks: the server or a host dies, freezes or is cut off.
+
+The locks are the server's, and it decides when a silent host has lost them. It does not refuse what that host
+writes then: the client asks for its opens anew, and writes do not go through the description that has the
+locks (not in passthrough either: the kernel opens the backing file once more). So A writes until lockfs has
+asked about its locks, every 5 seconds (docs/fencing.md). How much that is, is measured; that it ends is what
+these tests check.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import pytest
+
+from tests.cluster.rigs import NfsServer
+from tests.cluster.scenes import PATIENCE_S, SETTLED, Figures, Scene, nothing_stale
+from tests.support.qemu import eventually
+
+pytestmark = pytest.mark.slow
+_more = pytest.mark.cluster
+_LOCKS_LOOKED_AT_S = 10.0
+"""In so long a host surely asks whether it has its locks, which it does every 5 seconds."""
+
+
+def _scene(nfs: NfsServer, io: str = "auto") -> Scene:
+    return Scene(nfs, partial(nfs.host, options=f"io={io}"))
+
+
+def test_the_server_restarts(nfs: NfsServer, figures: Figures) -> None:
+    """A server without power comes back: A goes on without an error and keeps its image, then B has it."""
+    scene = _scene(nfs)
+    nfs.cut_power()
+    cut_at = time.monotonic()
+    nfs.start()
+    back_at = time.monotonic()
+    scene.first.wait_acknowledged(SETTLED, PATIENCE_S)
+    goes_on_at = time.monotonic()
+    time.sleep(_LOCKS_LOOKED_AT_S)
+    scene.first.wait_acknowledged(SETTLED, PATIENCE_S)
+    assert scene.second.status()["state"] == "waiting", "B has the image of a host that writes"
+    ended = scene.first.end()
+    assert not ended["errors"]
+    scene.taken_over(time.monotonic())
+    term = scene.judge()
+    nothing_stale(term)
+    assert term.landed == ended["number"]
+    figures(server_away_s=round(back_at - cut_at, 1), a_goes_on_after_s=round(goes_on_at - back_at, 1))
+
+
+@_more
+@pytest.mark.parametrize("io", ["guarded", "passthrough"])
+def test_power_is_cut_mid_write(nfs: NfsServer, figures: Figures, io: str) -> None:
+    """What A was told is written is there, and B has the image once the server has given A up."""
+    scene = _scene(nfs, io)
+    acknowledged = scene.first.acknowledged()
+    scene.a.cut_power()
+    after = scene.taken_over(time.monotonic())
+    term = scene.judge()
+    nothing_stale(term)
+    assert term.landed >= acknowledged
+    figures(takeover_s=round(after, 1), records=term.landed)
+
+
+@_more
+@pytest.mark.parametrize("io", ["guarded", "passthrough"])
+@pytest.mark.parametrize("clocks", [False, True], ids=["clocks-run-on", "clocks-stop"])
+def test_a_host_that_was_frozen_stops(nfs: NfsServer, figures: Figures, clocks: bool, io: str) -> None:
+    """A stops writing soon after it runs again: its locks are gone, whatever its clocks say."""
+    scene = _scene(nfs, io)
+    scene.a.freeze(clocks=clocks)
+    after = scene.taken_over(time.monotonic())
+    scene.a.thaw(clocks=clocks)
+    scene.aftermath()
+    term = scene.judge()
+    figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
+
+
+@_more
+@pytest.mark.parametrize("io", ["guarded", "passthrough"])
+def test_a_host_that_is_cut_off_stops(nfs: NfsServer, figures: Figures, io: str) -> None:
+    """A's network is unplugged until B writes."""
+    scene = _scene(nfs, io)
+    scene.a.link(up=False)
+    after = scene.taken_over(time.monotonic())
+    scene.a.link(up=True)
+    scene.aftermath()
+    term = scene.judge()
+    figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
+
+
+@_more
+def test_a_server_that_has_forgotten_its_clients(nfs: NfsServer, figures: Figures) -> None:
+    """Nobody may reclaim: B gets the image, and A stops."""
+    scene = _scene(nfs)
+    nfs.cut_power()
+    nfs.start(forget=True)
+    back_at = time.monotonic()
+    eventually(
+        lambda: scene.first.failing() or scene.second.status()["state"] == "writing",
+        "A has lost its image, or B has it", PATIENCE_S, 0.1,
+    )  # fmt: skip
+    after = scene.taken_over(back_at)
+    scene.aftermath()
+    term = scene.judge()
+    figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
