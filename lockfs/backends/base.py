@@ -208,6 +208,8 @@ class Backend(ABC):
     """
 
     name: str
+    patience: float = 0.0
+    """How long at least, in seconds, a write waits for a lease that is held but in doubt."""
 
     async def start(  # noqa: B027  (optional)
         self, on_change: LeaseEvent, memory: Memory | None = None

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -52,6 +53,12 @@ from lockfs.linux import calls
 LOCK_THREADS = 16
 PROBE_S = 5.0
 """From one look at whether the storage still knows the locks to the next, seconds."""
+CHECKED_S = 15.0
+"""For how long a look counts, seconds: after that writes wait for the next one, where locks are a server's.
+Much less than the time for which servers remember a silent client (NFS 4.2: 90 s, or what it is set to).
+"""
+PATIENCE_S = 600.0
+"""How long such a write waits, seconds: a server that is away makes everybody wait anyway."""
 _HOST_CHARS_MAX = 64
 
 _T = TypeVar("_T")
@@ -63,13 +70,23 @@ class FcntlLease(Lease):
     """A lease held by locks on its image's descriptor and, in indirect mode, on a lock file.
 
     `device` is the image's st_dev. `mutex` is held by threads that change or probe the locks; `ended` is set
-    under it when they are given up.
+    under it when they are given up. `checked`: when, by the boot clock, it was known for the last time that
+    the storage knows the locks; None where that is this kernel's own affair.
     """
 
     device: int = 0
+    checked: float | None = None
     lock_file: LockFile | None = None
     mutex: threading.Lock = field(default_factory=threading.Lock)
     ended: bool = False
+
+    def in_time(self) -> bool:
+        """Whether the locks were seen lately; see Lease.in_time. A machine that was frozen has not looked."""
+        return self.checked is None or _boot_time() - self.checked < CHECKED_S
+
+
+def _boot_time() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class _LeaseBroken(BackendError):
@@ -84,6 +101,7 @@ class FcntlBackend(Backend):
     """
 
     name = "fcntl"
+    patience = PATIENCE_S
 
     def __init__(
         self, options: FcntlOptions, store_fd: int, host: str, *, instance: bytes | None = None
@@ -294,7 +312,9 @@ class FcntlBackend(Backend):
         found = await self._former.find_again(image)
         if found is None:
             return None
-        lease = FcntlLease(image, found.mode, owner, device=found.device, lock_file=found.lock_file)
+        lease = FcntlLease(
+            image, found.mode, owner, device=found.device, checked=self._now(), lock_file=found.lock_file
+        )
         self._note(lease, Stage.HELD)
         self._leases[image.inode] = lease
         return lease
@@ -316,6 +336,10 @@ class FcntlBackend(Backend):
             facts["fd"] = [file.descriptor]
         self._ledger.note(image.inode, stage, lease.mode, **facts)
 
+    def _now(self) -> float | None:
+        """When the locks that are about to be taken were known, should they be had."""
+        return None if self._local else _boot_time()
+
     async def _in_thread(self, work: Callable[..., _T], *arguments: object) -> _T:
         return await trio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
 
@@ -331,7 +355,8 @@ class FcntlBackend(Backend):
     def _locked(self, image: Image, mode: Mode, owner: Owner) -> FcntlLease | None:
         """A lease whose locks are had, but which nobody was told of; None if somebody is in the way."""
         _check_descriptor(image, mode)
-        lease = FcntlLease(image, mode, owner, device=os.fstat(image.descriptor).st_dev)
+        device = os.fstat(image.descriptor).st_dev
+        lease = FcntlLease(image, mode, owner, device=device, checked=self._now())
         self._note(lease, Stage.TAKING)
         taken = False
         try:
@@ -451,9 +476,12 @@ def _probe_all(leases: list[FcntlLease]) -> list[tuple[FcntlLease, str]]:
         with lease.mutex:
             if lease.ended:
                 continue
+            now = _boot_time()
             try:
                 if not image_locks.still_ours(lease.image.descriptor, lease.mode):
                     lost.append((lease, "somebody else has locked the image"))
+                elif lease.checked is not None:
+                    lease.checked = now
             except OSError as error:
                 if error.errno in image_locks.LOST:
                     lost.append((lease, error.strerror or str(error)))

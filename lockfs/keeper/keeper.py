@@ -250,6 +250,8 @@ class Keeper:
         now = trio.current_time()
         managed = grant.kind is Kind.MANAGED
         patience = self._policy.wait if managed else self._policy.handover_wait
+        if grant.kind is Kind.LEASED:
+            patience = max(patience, self._backend.patience)
         wish = self._wish(grant.image, grant.opener, Mode.EXCLUSIVE, now + patience)
         wish.tolerant = True
         if not managed:

@@ -129,3 +129,25 @@ async def test_a_probe_never_locks_what_was_released(tmp_path: Path) -> None:
         descriptor = os.open(tmp_path / "store" / "a", os.O_RDWR)
         assert ofd.conflict(descriptor, ofd.WRITE, 0, 0) is None
         os.close(descriptor)
+
+
+@pytest.mark.parametrize("local", [True, False])
+async def test_a_look_counts_for_a_while(
+    tmp_path: Path, clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    """Where locks are a server's, a host that has not looked lately (frozen, cut off) starts no write before
+    it has; on a local file system nothing has to be looked at."""
+    now = [1000.0]
+    monkeypatch.setattr(fcntl, "_boot_time", lambda: now[0])
+    async with FcntlMaker(tmp_path, [FcntlOptions()]).hosts(1) as (host,):
+        host.backend._local = local
+        lease = await host.backend.acquire(
+            host.image("a"), Mode.EXCLUSIVE, host.owner, trio.current_time() + 5
+        )
+        now[0] += fcntl.CHECKED_S - 1
+        assert lease.in_time()
+        now[0] += 2
+        assert lease.in_time() is local
+        await _probed(host, 2 * PROBE_S)
+        assert lease.in_time()
+        await host.backend.release(lease)
