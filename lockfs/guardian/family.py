@@ -19,12 +19,12 @@ from types import FrameType
 from typing import cast
 
 from lockfs.errors import EXIT_OK, EXIT_SYSTEM
-from lockfs.guardian import death, long_values, upgrade
+from lockfs.guardian import canary, death, long_values, upgrade
 from lockfs.guardian.sweep import close_unnamed
 from lockfs.guardian.turn import FAILURE, Turn
 from lockfs.guardian.words import Limits, Words
 from lockfs.journal.memory import SharedMemory
-from lockfs.linux import cloning
+from lockfs.linux import cloning, dying
 
 EXIT_HOPELESS = 70
 """A worker that exits so has found that no worker can go on: the mount ends, dead."""
@@ -96,6 +96,7 @@ class _Family:
         self._memory = plan.memory
         self._header = plan.memory.header
         self._words = Words(plan.memory)
+        self._canary = canary.Watch(self._words)
         self._limits = plan.limits
         self._prepared = False
         self._looked = 0.0  # when the loop last turned
@@ -130,7 +131,8 @@ class _Family:
         """Guard until the mount ends."""
         served = self._take_office()
         while True:
-            if self._header.worker_pid and cloning.is_dead(self._words.worker_fd):
+            canary.reap(self._words)
+            if self._header.worker_pid and self._worker_is_over():
                 ending = self._bury_worker()
                 if ending is not None:
                     self._end_family()
@@ -184,9 +186,12 @@ class _Family:
         awaited = {words.bell, words.worker_fd}
         if not words.sweeping:  # whose death can be seen to
             awaited |= {words.twin_fd, words.spare_fd}
+        pause = self._canary.pause()
+        if pause is None:
+            awaited.add(words.canary_fd)
         for descriptor in awaited - {0}:
             poller.register(descriptor, select.POLLIN)
-        poller.poll(self._limits.poll * 1000)
+        poller.poll((self._limits.poll if pause is None else min(pause, self._limits.poll)) * 1000)
         _drain(words.bell)
 
     def _check_heartbeat(self) -> None:
@@ -226,11 +231,22 @@ class _Family:
         looping = self._words.deaths >= self._limits.loop_deaths
         return looping and not self._header.worker_pid and self._plan.is_over()
 
+    def _worker_is_over(self) -> bool:
+        """Whether nothing that the next worker does can meet anything that this one still does."""
+        if cloning.is_dead(self._words.worker_fd):
+            return True
+        return bool(self._header.served) and self._canary.is_done_for(self._header.worker_pid)
+
     def _bury_worker(self) -> Ending | None:
         """Note how the worker ended; how the family ends, if that ends it."""
         words, header = self._words, self._header
         words.sweeping = 0
-        how = death.of_status(_reaped(header.worker_pid), words.ended)
+        if cloning.is_dead(words.worker_fd):
+            status = _reaped(header.worker_pid)
+        else:
+            status = dying.exit_status(header.worker_pid)
+            canary.let_linger(words, header.worker_pid)
+        how = death.of_status(status, words.ended)
         words.death = death.HUNG if words.hung == header.worker_pid else how
         code = words.ended - 1
         if code in (EXIT_OK, EXIT_HOPELESS):
@@ -246,7 +262,11 @@ class _Family:
         return None
 
     def _forget_worker(self) -> None:
-        self._words.listening = self._words.ready_ns = 0
+        words = self._words
+        words.listening = words.ready_ns = 0
+        descriptor, words.canary_fd = words.canary_fd, 0
+        if descriptor:
+            os.close(descriptor)
         self._vacate("worker")
 
     def _failed_start(self, code: int, how: int) -> Ending:
@@ -290,7 +310,7 @@ class _Family:
         descriptor = getattr(self._words, f"{place}_fd")
         setattr(self._header, f"{place}_pid", 0)
         setattr(self._words, f"{place}_fd", 0)
-        if pid:
+        if pid and pid not in self._words.lingering():
             _reaped(pid)
         if descriptor:
             os.close(descriptor)
@@ -457,6 +477,7 @@ class _Family:
             close_unnamed(self._memory, self._plan.kept)
             words.sweeping = 0
             words.ring()
+        canary.keep(words)
         code = EXIT_SYSTEM
         try:
             code = self._plan.serve(Turn(self._memory))

@@ -33,6 +33,10 @@ CLONE_RETRY_S = 1.0
 KILL_LIMIT_S = 10.0
 """How long the end of a killed process is waited for where there is something else to be done."""
 
+LINGERING = 4
+"""So many workers may be replaced before they are wholly dead; the next one's whole death is waited for."""
+_LINGERING_FIRST = 21
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -88,10 +92,22 @@ class Words:
     hung = _word(19, "Process id of a worker that was killed because its loop stood still.")
     upgrades_refused = _word(18, "How many times the program as it is installed could not take over.")
 
+    canary_fd = _word(20, "Pidfd of the thread whose death tells of the worker's (canary). The worker's.")
+
+    def lingering(self) -> list[int]:
+        """Workers that were replaced before they were wholly dead and are not reaped yet; 0: a free place."""
+        first = Header.FREE_FIRST + _LINGERING_FIRST
+        return list(self.header.words[first : first + LINGERING])
+
+    def set_lingering(self, index: int, pid: int) -> None:
+        """Fill a place of `lingering`, with 0 to free it."""
+        self.header.words[Header.FREE_FIRST + _LINGERING_FIRST + index] = pid
+
     def descriptors(self) -> set[int]:
         """The descriptors that belong to the family itself."""
         known = (
-            self.guardian_fd, self.twin_fd, self.worker_fd, self.spare_fd, self.bell, self.order
+            self.guardian_fd, self.twin_fd, self.worker_fd, self.spare_fd, self.bell, self.order,
+            self.canary_fd,
         )  # fmt: skip
         return {int(number) for number in known if number}
 

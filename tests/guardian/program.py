@@ -12,7 +12,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,8 @@ class Program:
         lost = os.open(self._directory / "behaviour.json", os.O_RDONLY)
         fact = self._memory.facts.get("held")
         assert isinstance(fact, dict)
+        if stuck := self._behaviour.get("stuck", {}).get(str(turn.number)):
+            self._get_stuck(**stuck)
         signal.signal(signal.SIGTERM, lambda number, frame: self._asked_to_end(number))
         turn.listening()
         turn.ready()
@@ -80,6 +84,18 @@ class Program:
             turn.look_around()
             time.sleep(BEAT_S)
         return 0
+
+    def _get_stuck(self, call: str, path: str) -> None:
+        """Have a thread in a call to a file that does not answer."""
+        calls: dict[str, Callable[[int], object]] = {
+            "fsync": os.fsync,
+            "fdatasync": os.fdatasync,
+            "pread": lambda descriptor: os.pread(descriptor, 1, 0),
+            "pwrite": lambda descriptor: os.pwrite(descriptor, b"x", 0),
+            "ftruncate": lambda descriptor: os.ftruncate(descriptor, 1),
+        }
+        descriptor = os.open(path, os.O_RDWR)
+        threading.Thread(target=calls[call], args=(descriptor,), daemon=True).start()
 
     def _asked_to_end(self, number: int) -> None:
         self.note("signal", number=number)
