@@ -59,12 +59,13 @@ class Watch:
     def is_done_for(self, pid: int) -> bool:
         """Whether the worker is as good as dead: what is left of it can neither change anything nor run.
 
-        One that ends by itself is waited for, and so is any while too many linger.
+        One that ends by itself or does not show why it dies is waited for, and so is any while too many
+        linger.
         """
         words = self._words
         if self.pause() is None or words.ended or words.sweeping or all(words.lingering()):
             return False
-        return dying.changes_nothing(pid)
+        return dying.changes_nothing(pid) and dying.exit_status(pid) is not None
 
 
 def let_linger(words: Words, pid: int) -> None:

@@ -4,6 +4,10 @@ A process is dead once its last thread is, and a thread in an uninterruptible sy
 returns. From the moment at which SIGKILL is pending for a thread it never runs its program again: it finishes
 the system call that it is in, and ends. A process that is being killed makes no new threads (copy_process in
 kernel/fork.c gives up under the lock under which the signal was spread).
+
+A thread that exits gives back its memory, which may take long, and the references to open files that its
+last call held. The descriptor table is left as it is, for others have it too. (Asynchronous I/O of
+io_submit(2) ends only with the memory; lockfs has none.)
 """
 
 from __future__ import annotations
@@ -13,6 +17,10 @@ import signal
 from pathlib import Path
 
 _PIDFD_THREAD = os.O_EXCL
+_STATE, _FLAGS = 0, 6
+"""Fields of /proc/PID/stat, counted from the one after the name."""
+_PF_EXITING = 0x4
+"""Set in the second step of do_exit (kernel/exit.c); io_uring's work is cancelled before."""
 _SIGKILL_BIT = 1 << (signal.SIGKILL - 1)
 _GENERIC = {
     "fsync": 82, "fdatasync": 83, "sync_file_range": 84, "syncfs": 267,
@@ -44,24 +52,21 @@ def open_thread(tid: int) -> int:
 
 
 def changes_nothing(pid: int) -> bool:
-    """Whether all that is left of a process that is being killed are threads in calls that change nothing.
+    """Whether all that is left of a process that is being killed are threads that change nothing any more.
 
     False also where that cannot be told: a thread ended meanwhile, or runs, or the kernel does not tell (it
     takes CAP_SYS_PTRACE or the right to trace), or the machine is unknown here. To be called only after a
     thread has died of the kill. Opens descriptors; takes some ten microseconds a thread.
     """
-    harmless = _HARMLESS.get(os.uname().machine, frozenset())
     try:
         tasks = f"/proc/{pid}/task"
         before = _threads(tasks)
         tids = os.listdir(tasks)
-        states = [_state(f"{tasks}/{tid}", harmless) for tid in tids]
         # A listing ends early if the thread at which it stands ends. None is made any more, so with equal
         # counts before and after nobody ended, and whoever is not on the list would be missing in its length.
-        complete = before == len(tids) == _threads(tasks)
-    except (OSError, ValueError):
+        return all(is_done(f"{tasks}/{tid}") for tid in tids) and before == len(tids) == _threads(tasks)
+    except (OSError, ValueError, IndexError):
         return False
-    return complete and None not in states and "stuck" in states
 
 
 def _threads(tasks: str) -> int:
@@ -69,35 +74,36 @@ def _threads(tasks: str) -> int:
     return os.stat(tasks).st_nlink - 2
 
 
-def _state(task: str, harmless: frozenset[int]) -> str | None:
-    """Either "ended", or "stuck" in a harmless call that is its last, or None: none of them for sure."""
-    status = _fields(f"{task}/status")
-    if status["State"][:1] in ("Z", "X"):
-        return "ended"
-    if not int(status["SigPnd"], 16) & _SIGKILL_BIT:  # asked before its call is
-        return None
-    call = Path(f"{task}/syscall").read_text(encoding="ascii").split()[0]
-    return "stuck" if call != "running" and int(call) in harmless else None
+def is_done(task: str) -> bool:
+    """Whether a thread, given by its directory /proc/PID/task/TID, has ended, or is exiting, or is being
+    killed and in a harmless call that is its last.
+
+    Raises:
+        OSError: it is not there any more, or may not be looked at.
+        ValueError, IndexError: the kernel's files are not as proc(5) has them.
+    """
+    stat = _text(f"{task}/stat").rsplit(")", 1)[1].split()
+    if stat[_STATE] in ("Z", "X") or int(stat[_FLAGS]) & _PF_EXITING:
+        return True
+    status = _text(f"{task}/status")
+    pending = status[status.index("\nSigPnd:") :].split(None, 2)[1]
+    if not int(pending, 16) & _SIGKILL_BIT:  # asked before its call is
+        return False
+    call = _text(f"{task}/syscall").split()[0]
+    return call != "running" and int(call) in _HARMLESS.get(os.uname().machine, frozenset())
 
 
-def _fields(path: str) -> dict[str, str]:
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    fields = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    if not {"State", "SigPnd"} <= fields.keys():
-        raise ValueError(f"{path} is not what proc(5) says")
-    return fields
+def _text(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 def exit_status(pid: int) -> int | None:
-    """How a process ends whose first thread has ended, as os.waitstatus_to_exitcode has it; None: not told.
+    """How a process that is being killed ends, as os.waitstatus_to_exitcode has it; None: not told (yet).
 
     The last field of /proc/PID/stat (proc(5), exit_code), 0 for whoever may not trace the process.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
-        status = int(fields[-1])
+        status = int(_text(f"/proc/{pid}/stat").split()[-1])
     except (OSError, ValueError, IndexError):
         return None
-    if fields[0] not in ("Z", "X") or not status:
-        return None
-    return os.waitstatus_to_exitcode(status)
+    return os.waitstatus_to_exitcode(status) if status else None

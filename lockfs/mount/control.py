@@ -17,7 +17,6 @@ import socket
 import stat
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,27 +119,22 @@ async def serve_control(
     handler: Handler,
     *,
     folder: Path | None = None,
-    former: Path | None = None,
-    listens: Callable[[Path], None] = lambda path: None,
+    pid: int | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer requests about a mount on its socket in `folder` until cancelled, then remove the socket.
 
     `handler` is given the request and returns the answer; a LockfsError it raises is sent to the client.
-    `former` is the socket of a worker that was killed, which goes; `listens` is told the one that takes its
-    place. Any other exception of it is a defect: logged, and told to the client, and the mount serves on, for
-    a report must not take guests down. At most CONNECTIONS_MAX are served at once, each for at most
-    EXCHANGE_DEADLINE_S.
+    `pid`: the process that the mount is known by, this one if it is not said. Any other exception of it is a
+    defect: logged, and told to the client, and the mount serves on, for a report must not take guests down.
+    At most CONNECTIONS_MAX are served at once, each for at most EXCHANGE_DEADLINE_S.
 
     Raises:
         SetupError: the socket cannot be made.
     """
-    path = (folder or directory()) / socket_name(mountpoint, os.getpid())
+    path = (folder or directory()) / socket_name(mountpoint, pid or os.getpid())
     listener = trio.socket.from_stdlib_socket(await trio.to_thread.run_sync(_listening, path))
     places = trio.Semaphore(CONNECTIONS_MAX)
-    listens(path)
-    if former is not None and former != path:
-        await trio.to_thread.run_sync(partial(former.unlink, missing_ok=True))
     try:
         async with trio.open_nursery() as nursery:
             task_status.started()
@@ -264,8 +258,17 @@ def _connect(client: socket.socket, path: Path) -> None:
     except FileNotFoundError as error:
         raise ServerGone(f"The socket {path} is gone.") from error
     except ConnectionRefusedError as error:
-        _forget(path)
+        if not _may_come_back(path):
+            _forget(path)
         raise ServerGone(f"Nobody serves {path} any more.") from error
+
+
+def _may_come_back(path: Path) -> bool:
+    """Whether the process that the socket is named after runs: the mount's next worker may listen in a
+    moment.
+    """
+    pid = path.name.removesuffix(".sock").rpartition("-")[2]
+    return pid.isdecimal() and os.path.exists(f"/proc/{pid}")
 
 
 def _response_line(client: socket.socket, deadline: float) -> bytes:

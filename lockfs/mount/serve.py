@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import pyfuse3
@@ -37,7 +36,7 @@ REQUESTS_MAX = 1024  # requests on names and opens under way at once; opens that
 STOP_DEADLINE_S = 30.0
 HEARTBEAT_S = 0.5
 """How often the guardian is shown that the event loop turns."""
-_DEVICE, _MOUNT_DEVICE, _CONTROL = "mount:negotiated", "mount:device", "mount:control"
+_DEVICE, _MOUNT_DEVICE = "mount:negotiated", "mount:device"
 
 
 class Turn(Protocol):
@@ -244,13 +243,8 @@ class _Service:
         nursery.start_soon(self._backend.settle)
 
     async def _control(self) -> None:
-        former = self._facts.get(_CONTROL)
-        await serve_control(
-            self._options.mountpoint,
-            self._report.answer,
-            former=Path(str(former)) if former else None,
-            listens=lambda path: self._facts.set(_CONTROL, str(path)),
-        )
+        pid = self._turn.family if self._turn is not None else None
+        await serve_control(self._options.mountpoint, self._report.answer, pid=pid)
 
     async def _start_watchdog(self, nursery: trio.Nursery) -> None:
         """Arm the watchdog that was asked for: it fires before another host may take what this one holds."""

@@ -148,7 +148,7 @@ def test_any_line(tmp_path: Path, data: bytes) -> None:
 
 def test_dead_socket(tmp_path: Path) -> None:
     """A socket whose server is gone is recognised and removed; a missing one is told apart from silence."""
-    path = tmp_path / "0-1.sock"
+    path = tmp_path / "0-4194305.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     with pytest.raises(ServerGone):
@@ -163,7 +163,7 @@ def test_dead_socket(tmp_path: Path) -> None:
 )
 def test_improper_servers(tmp_path: Path, reply: bytes, words: str | None) -> None:
     """The client takes one JSON object, and says so if it gets something else."""
-    path = tmp_path / "0-1.sock"
+    path = tmp_path / "0-4194305.sock"
 
     def answer(listener: socket.socket) -> None:
         connection, _ = listener.accept()
@@ -186,7 +186,7 @@ def test_improper_servers(tmp_path: Path, reply: bytes, words: str | None) -> No
 
 def test_silent_server(tmp_path: Path) -> None:
     """A server that accepts nothing costs the client its timeout, no more."""
-    path = tmp_path / "0-1.sock"
+    path = tmp_path / "0-4194305.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()

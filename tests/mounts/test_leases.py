@@ -288,8 +288,7 @@ def test_killed_server_leaves_a_dead_mount_not_an_open_door(tmp_path: Path) -> N
     point.mkdir()
     (store / "disk").write_bytes(bytes(4096))
     made = start(store, point)
-    made.process.kill()
-    made.process.wait()
+    made.kill()
     with pytest.raises(OSError) as caught:
         os.listdir(point)
     assert caught.value.errno == errno.ENOTCONN

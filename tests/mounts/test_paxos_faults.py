@@ -202,8 +202,7 @@ def test_break_frees_the_image_of_a_dead_host(rig: Rig) -> None:
         refused = _break(b.path / "disk", "--force")
         assert refused.returncode and "beyond repair" in refused.stdout and "terminal" in refused.stderr
         assert "is alive" not in refused.stdout or "not freed" not in refused.stdout
-        a.process.kill()
-        a.process.wait()
+        a.kill()
         with contextlib.suppress(OSError):
             os.close(descriptor)
         subprocess.run(["umount", "-l", str(a.path)], check=True)

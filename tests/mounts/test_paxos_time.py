@@ -198,8 +198,7 @@ def killed_host_counts_as_dead(rig: Rig) -> None:
     holder = Holder(first.path / "disk")
     rig.stack.callback(holder.process.communicate)
     rig.stack.callback(holder.process.kill)
-    first.process.kill()
-    first.process.wait()
+    first.kill()
     subprocess.run(["umount", "-l", str(first.path)], check=True)
     dead_at = stamp_in(rig.lockspace.read_bytes(), 1) + DEAD
 
