@@ -15,7 +15,7 @@ from random import Random
 import trio
 
 from lockfs.backends.base import Backend, Forgetful, Holder, Image, Lease, Memory, Mode, Owner
-from lockfs.errors import ImageBusy
+from lockfs.errors import ImageBusy, WriteRefused
 from lockfs.keeper.fencing import FENCE_THREADS, Fencing
 from lockfs.keeper.gate import Gate, GateState
 from lockfs.keeper.grants import Access, Grant, HeldImage, Kind, managed, reader
@@ -70,6 +70,7 @@ class Keeper:
         self._notes = Notes(memory or Forgetful())
         self._ledger = Ledger(self._notes.note)
         self._stirred = trio.Event()
+        self._reading_only = False
         self._leases = Leases(
             backend,
             surroundings,
@@ -151,11 +152,18 @@ class Keeper:
             record.suspending = suspending
             record.announced = True
 
-    def resume(self) -> None:
-        """The opens of recalled grants are known to the mount: open their gates, fence what was lost."""
+    def resume(self, *, reading_only: bool = False) -> None:
+        """The opens of recalled grants are known to the mount: open their gates, fence what was lost.
+
+        `reading_only`: fence all that may write, and let nobody write from here on.
+        """
+        self._reading_only = reading_only
         for record in self._ledger.all():
             suspending, record.suspending = record.suspending, False
-            if record.needed() is not None and (record.lease is None or record.lost):
+            if reading_only:
+                if any(grant.writes and grant.kind is not Kind.FENCED for grant in record.grants):
+                    self._fencing.condemn(record)
+            elif record.needed() is not None and (record.lease is None or record.lost):
                 log.error("image '%s': its lease did not outlive the former worker", record.image.name)
                 if suspending and record.lease is not None:
                     self._fencing.lost(record)
@@ -211,6 +219,8 @@ class Keeper:
             Interrupted: `interrupt` was called for the opener's thread.
             BackendError: the storage did not answer.
         """
+        if access is not Access.READ:
+            self._check_writing(image)
         if access is Access.READ:
             grant = await self._open_reader(image, opener)
         elif opener.role is Role.MANAGER:
@@ -267,6 +277,7 @@ class Keeper:
 
         A manager's change is a writer's like any other, for it names no handle of its own.
         """
+        self._check_writing(image)
         grant = await self._lease(image, opener, may_yield=False)
         try:
             yield grant
@@ -281,6 +292,7 @@ class Keeper:
             ImageBusy: another host holds it, at once.
             BackendError: the storage did not answer.
         """
+        self._check_writing(image)
         wish = self._wish(image, opener, Mode.EXCLUSIVE, trio.current_time())
         with self._ledger.use(image) as record:
             async with record.turn:
@@ -386,6 +398,12 @@ class Keeper:
     def _wish(self, image: Image, opener: Opener, mode: Mode, deadline: float) -> Wish:
         owner = Owner(self._host, opener.process.pid, opener.process.program, self._clock())
         return Wish(image, opener, owner, mode, deadline)
+
+    def _check_writing(self, image: Image) -> None:
+        if self._reading_only:
+            raise WriteRefused(
+                f"image '{image.name}' cannot be changed: lockfs keeps failing on this mount, see its log"
+            )
 
     def _stir(self) -> None:
         """There may be something to look after."""

@@ -236,10 +236,10 @@ class _Service:
         """Let what a former worker had open go on."""
         self._mirror.device = int(str(self._facts.get(_MOUNT_DEVICE) or 0))
         self._mirror.mounted_at(self._options.mountpoint)
-        self._keeper.resume()
-        if self._turn is not None and self._turn.fenced:
+        fenced = self._turn is not None and self._turn.fenced
+        if fenced:
             log.critical("workers keep dying: everything that is open for writing is fenced")
-            nursery.start_soon(self._keeper.fence, None)
+        self._keeper.resume(reading_only=fenced)
         nursery.start_soon(self._backend.settle)
 
     async def _control(self) -> None:

@@ -57,7 +57,7 @@ class Life:
     handles: HandleTable = field(init=False)
     left: list[SharedMemory] = field(default_factory=list)
 
-    async def worker(self) -> None:
+    async def worker(self, *, reading_only: bool = False) -> None:
         """The next worker takes over."""
         self.turn += 1
         if self.turn > 1:
@@ -82,7 +82,7 @@ class Life:
         await backend.start(keeper.lease_changed, self.memory.facts)
         images = self.mirror.recalling.images()
         await self.mirror.recalling.opens(await keeper.recall(images))
-        keeper.resume()
+        keeper.resume(reading_only=reading_only)
 
     async def number(self, name: str) -> int:
         """A name's node number."""
@@ -410,3 +410,23 @@ async def test_a_fenced_open_stays_dead(life: Life, expect_log: Callable[..., No
     again = life.handles.find(number)
     assert again is not None and again.dead
     await life.mirror.release(number)
+
+
+async def test_after_a_crash_loop_nobody_writes(life: Life) -> None:
+    """What is open for writing is fenced, reading goes on, and nothing can be changed any more."""
+    (life.path / "image").write_bytes(b"data")
+    writer = await life.open("image", os.O_RDWR)
+    reader = await life.open("image", os.O_RDONLY)
+    await life.worker(reading_only=True)
+    handle = life.handles.find(writer)
+    assert handle is not None and handle.gate is not None
+    assert handle.gate.enter() is GateState.SHUT
+    other = await life.open("image", os.O_RDONLY)
+    for flags in (os.O_RDWR, os.O_RDONLY | os.O_TRUNC):
+        with fails(errno.EROFS):
+            await life.open("image", flags)
+    with fails(errno.EROFS):
+        await life.mirror.unlink(ROOT, b"image", Caller())
+    for number in (writer, reader, other):
+        await life.mirror.release(number)
+    assert (life.path / "image").read_bytes() == b"data"
