@@ -108,7 +108,13 @@ class Mirror(pyfuse3.Operations):
         self._names = Names(self._store, self._backings, self._opens)
         self._attributes = Attributes(self._store, self._backings, self._opens)
         self._directories = Directories(self._store)
-        self.recalling = Recalling(self._store, self._backings, self._opens, self._directories)
+        self.recalling = Recalling(
+            self._store,
+            self._backings,
+            self._opens,
+            self._directories,
+            lambda unique: self.requests.find(unique) is not None,
+        )
         self._xattrs = Xattrs(self._store, self._backings, host or os.uname().nodename)
 
     @property

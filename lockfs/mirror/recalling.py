@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -36,7 +37,16 @@ log = logging.getLogger("lockfs.mirror")
 class Recalling:
     """What one worker takes over from the former. All methods are for the trio thread."""
 
-    def __init__(self, store: Store, backings: Backings, opens: Opens, directories: Directories) -> None:
+    def __init__(  # noqa: PLR0917  (the parts of a mirror)
+        self,
+        store: Store,
+        backings: Backings,
+        opens: Opens,
+        directories: Directories,
+        under_way: Callable[[int], bool],
+    ) -> None:
+        """`under_way` tells whether the request of that number is being worked on."""
+        self._under_way = under_way
         self._store = store
         self._backings = backings
         self._opens = opens
@@ -93,7 +103,7 @@ class Recalling:
     async def settle(self) -> None:
         """End what nobody will ever end, from when the kernel was asked to send again on, until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._end_untold)
+            nursery.start_soon(self._end_untold, self._opens.untold(), self._store.repeats.noted())
             inodes = self._store.inodes
             inodes.doubtful = {inode: inode.lookups for inode in inodes.all()}
             while True:
@@ -101,11 +111,18 @@ class Recalling:
                 doubtful, inodes.doubtful = inodes.doubtful, {}
                 await self._forget_unknown(doubtful)
 
-    async def _end_untold(self) -> None:
+    async def _end_untold(self, files: list[OpenFile], noted: list[int]) -> None:
+        """End the opens, and forget the notes, of former workers that nobody has come back to."""
         await trio.sleep(UNTOLD_S)
-        self._store.repeats.sweep()
-        for file in self._opens.untold():
-            if file.unique and not await self._store.call(self._has, file):
+        for unique in noted:
+            if not self._under_way(unique):
+                self._store.repeats.answered(unique)
+        for file in files:
+            if (
+                file.unique
+                and not self._under_way(file.unique)
+                and not await self._store.call(self._has, file)
+            ):
                 log.info("an open of %s was not told to anybody: it ends", file.grant.opener)
                 await self._opens.release(file.handle.number)
 

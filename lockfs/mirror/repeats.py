@@ -41,8 +41,11 @@ def named(directory: int, name: bytes) -> Named:
     return Named((status.st_dev, status.st_ino), status)
 
 
+_PREFIX = "op:"
+
+
 def _key(number: int) -> str:
-    return f"op:{number}"
+    return f"{_PREFIX}{number}"
 
 
 class Repeats:
@@ -76,11 +79,9 @@ class Repeats:
         """The answer is at the kernel: it will not send the request again."""
         self._memory.remove(_key(unique))
 
-    def sweep(self, kept: frozenset[int] = frozenset()) -> None:
-        """Forget what was said of requests that nobody sent again."""
-        for key in self._memory.items(_key(0)[:-1]):
-            if int(key.partition(":")[2]) not in kept:
-                self._memory.remove(key)
+    def noted(self) -> list[int]:
+        """The numbers of the requests of which something is said."""
+        return [int(key.removeprefix(_PREFIX)) for key in self._memory.items(_PREFIX)]
 
 
 # Whether what was about to be changed was changed

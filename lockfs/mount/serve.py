@@ -212,9 +212,10 @@ class _Service:
                 )
                 if self._succeeds:
                     self._resume(nursery)
+                    # Before anything is read: what this worker has taken must not be sent again.
+                    self._device.resend()
                 relay.start()
                 if self._succeeds:
-                    self._device.resend()
                     nursery.start_soon(self._mirror.recalling.settle)
                 else:
                     await self._learn_device()
