@@ -37,7 +37,7 @@ log = logging.getLogger("lockfs.mirror")
 class Recalling:
     """What one worker takes over from the former. All methods are for the trio thread."""
 
-    def __init__(  # noqa: PLR0917  (the parts of a mirror)
+    def __init__(
         self,
         store: Store,
         backings: Backings,
