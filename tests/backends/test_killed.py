@@ -48,7 +48,7 @@ def kills(maker: Maker, step: str) -> dict[str, Any]:
     what, mode, other = STEPS[step]
     task = {"maker": maker.contender(0), "rival": maker.contender(1), "image": IMAGE}
     # Each first lease takes a place of its own for good, of which an index has few.
-    task |= {"step": what, "mode": mode, "other": other or mode, "stride": 5 if what == "first" else 1}
+    task |= {"step": what, "mode": mode, "other": other or mode, "stride": 9 if what == "first" else 1}
     script = str(Path(__file__).with_name("killed_host.py"))
     ran = subprocess.run(
         [sys.executable, script, json.dumps(task)],
