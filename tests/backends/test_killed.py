@@ -43,12 +43,11 @@ def _maker(name: str, directory: Path) -> Maker:
     return PaxosMaker(directory, LayoutKind(name.removeprefix("paxos-")))
 
 
-def kills(maker: Maker, step: str) -> dict[str, Any]:
-    """The report of killed_host.py for one step."""
+def kills(maker: Maker, step: str, stride: int = 1) -> dict[str, Any]:
+    """The report of killed_host.py for one step, of which every `stride`th call is tried."""
     what, mode, other = STEPS[step]
     task = {"maker": maker.contender(0), "rival": maker.contender(1), "image": IMAGE}
-    # Each first lease takes a place of its own for good, of which an index has few.
-    task |= {"step": what, "mode": mode, "other": other or mode, "stride": 5 if what == "first" else 1}
+    task |= {"step": what, "mode": mode, "other": other or mode, "stride": stride}
     script = str(Path(__file__).with_name("killed_host.py"))
     ran = subprocess.run(
         [sys.executable, script, json.dumps(task)],
@@ -68,6 +67,8 @@ def kills(maker: Maker, step: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["fcntl", "fcntl-lock_dir", "paxos-files", "paxos-index"])
 def test_killed_at_every_call(name: str, step: str, tmp_path: Path) -> None:
     """Of one step."""
-    report = kills(_maker(name, tmp_path), step)
+    # Each first lease takes a place of its own for good, of which an index has few.
+    stride = 9 if (name, step) == ("paxos-index", "acquire-first") else 1
+    report = kills(_maker(name, tmp_path), step, stride)
     assert (report["status"], report["named"], report["rival"], report["errors"]) == (DONE, [], 0, "")
     assert report["killed"] > 6
