@@ -19,11 +19,12 @@ from pathlib import Path
 from lockfs.cli import options as command_line
 from lockfs.cli.daemon import START_DEADLINE_S, Reporter, in_background
 from lockfs.cli.journal import Journal
-from lockfs.cli.resuming import plan_of, program_of, remember, resume
+from lockfs.cli.resuming import guarded, program_of, remember, resume
+from lockfs.cli.reviving import Revived, revive
 from lockfs.cli.serving import Serve, Served, serve_mount
 from lockfs.cli.table import printable
 from lockfs.errors import EXIT_MOUNT, EXIT_OK, EXIT_SYSTEM, LockfsError, UsageError, exit_code_of
-from lockfs.guardian.family import Ending, guard
+from lockfs.guardian.family import Ending
 from lockfs.guardian.upgrade import CAN_RESUME, RESUME, Program
 from lockfs.journal.memory import SharedMemory
 from lockfs.mirror.modes import IoMode
@@ -103,7 +104,7 @@ class _Mounter:
             self._reporter.mounted()
         served = self._remembered(store.descriptor, mounted)
         try:
-            ending = guard(plan_of(served, self._program, self._ready))
+            ending = guarded(served, self._program, self._ready)
         except OSError:
             mounted.abandon()
             raise
@@ -177,6 +178,8 @@ def run(
         return EXIT_OK
     options = invocation.options
     program = program_of(module, sys.argv[1:])
+    if (revived := revive(serve, raise_descriptor_limit)) is not None:
+        return _go_on(revived, program, foreground=options.foreground)
     if options.foreground or invocation.fake:
         return _Mounter(options, serve, None, program).run(fake=invocation.fake)
     mountpoint = os.path.abspath(options.mountpoint)
@@ -187,6 +190,21 @@ def run(
     )
     if start.left_mount:
         KernelMount(-1, os.path.realpath(mountpoint), os.geteuid() == 0).uncover()
+    if start.sentence is not None:
+        _complain(start.sentence)
+    return start.exit_code
+
+
+def _go_on(revived: Revived, program: Program, *, foreground: bool) -> int:
+    """Serve the mount whose descriptors the service manager kept; the exit code of this process."""
+    if foreground:
+        return revived.run(program)
+
+    def child(reporter: Reporter) -> int:
+        reporter.ready()  # the mount is there; whether it answers is looked at by the parent
+        return revived.run(program)
+
+    start = in_background(child, revived.mountpoint)
     if start.sentence is not None:
         _complain(start.sentence)
     return start.exit_code

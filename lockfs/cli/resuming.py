@@ -13,8 +13,8 @@ from lockfs.cli import saved
 from lockfs.cli.journal import Journal
 from lockfs.cli.serving import Serve, Served, Worker
 from lockfs.errors import EXIT_OK, EXIT_SYSTEM, LockfsError, UsageError
-from lockfs.guardian import long_values, upgrade
-from lockfs.guardian.family import Plan, guard
+from lockfs.guardian import long_values, service, upgrade
+from lockfs.guardian.family import Ending, Plan, guard
 from lockfs.guardian.upgrade import CAN_RESUME, OPTIONS, Program
 from lockfs.journal.memory import JournalError, SharedMemory
 from lockfs.linux import calls
@@ -45,22 +45,39 @@ def program_of(module: str, shown: Sequence[str]) -> Program:
 def plan_of(served: Served, program: Program, on_ready: Callable[[], None]) -> Plan:
     """What the guardian of a mount is to do."""
     kept = (served.source_fd, served.mounted.device_fd)
+
+    def ready() -> None:
+        on_ready()
+        service.ready()
+
     return Plan(
         serve=lambda turn: Worker(served, turn).run(),
         prepare=prepare_worker,
         memory=served.memory,
         kept=kept,
-        on_ready=on_ready,
-        is_over=lambda: _is_gone(served.mounted.device_fd),
+        on_ready=ready,
+        is_over=lambda: is_gone(served.mounted.device_fd),
         program=program,
     )
 
 
-def _is_gone(device_fd: int) -> bool:
+def is_gone(device_fd: int) -> bool:
     """Whether the mount of a device has ended (fs/fuse/dev.c, fuse_dev_poll)."""
     poller = select.poll()
     poller.register(device_fd, 0)
     return any(events & select.POLLERR for _, events in poller.poll(0))
+
+
+def guarded(served: Served, program: Program, on_ready: Callable[[], None]) -> Ending:
+    """Guard a mount until it ends, and tell the service manager, which then has nothing of it any more.
+
+    Raises:
+        OSError: the first worker could not be started.
+    """
+    try:
+        return guard(plan_of(served, program, on_ready))
+    finally:
+        service.farewell(served.memory)
 
 
 def remember(served: Served, shown: Sequence[str]) -> None:
@@ -85,7 +102,12 @@ def remember(served: Served, shown: Sequence[str]) -> None:
     facts.set(KEPT, {"fds": [served.source_fd, mounted.device_fd]})
 
 
-def _remembered(memory: SharedMemory, serve: Serve) -> tuple[Served, list[str]]:
+def remembered(memory: SharedMemory, serve: Serve) -> tuple[Served, list[str]]:
+    """What every worker of the mount is given, and the command line of its first start.
+
+    Raises:
+        JournalError: the journal is of another version.
+    """
     value = long_values.current(memory.facts, OPTIONS)
     if not isinstance(value, dict):
         raise JournalError("The journal has no options.")
@@ -108,15 +130,20 @@ def resume(argv: Sequence[str], serve: Serve, module: str) -> int:
     if not argv[1:] or not argv[1].isdecimal():
         raise UsageError(f"The option {argv[0]} is for lockfs's own use.")
     memory = SharedMemory.attach(int(argv[1]))
-    served, shown = _remembered(memory, serve)
+    served, shown = remembered(memory, serve)
     if argv[0] == CAN_RESUME:
         prepare_worker()
         return EXIT_OK
     upgrade.inherit({memory.descriptor, served.source_fd, served.mounted.device_fd}, False)
     upgrade.inherit(memory.named_descriptors(), False)
     memory.facts.reload()
+    return go_on(served, program_of(module, shown))
+
+
+def go_on(served: Served, program: Program) -> int:
+    """Guard a mount that others served before; the exit code of the process."""
     try:
-        return guard(plan_of(served, program_of(module, shown), _nobody_waits)).code
+        return guarded(served, program, _nobody_waits).code
     except (LockfsError, OSError) as error:
         _report(served, error)
         return EXIT_SYSTEM

@@ -14,6 +14,7 @@ from types import FrameType
 
 from lockfs.cli.journal import Journal
 from lockfs.errors import EXIT_OK, EXIT_SYSTEM, HopelessError, LockfsError, SetupError, exit_code_of
+from lockfs.guardian import service
 from lockfs.guardian.family import EXIT_HOPELESS
 from lockfs.guardian.turn import Turn
 from lockfs.journal.memory import SharedMemory
@@ -105,6 +106,7 @@ class Worker:
             self._report_death()
         _unmount_on_signals(served.mounted)
         turn.listening()
+        service.hand_over(served.memory)
         served.serve(options, served.source_fd, served.mounted.device_fd, ready, turn, served.memory)
         if turn.first and not self._is_ready:
             raise SetupError(f"{options.mountpoint} was unmounted before it was ready.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from struct import Struct
 
 from lockfs.errors import LockfsError
@@ -25,6 +25,19 @@ _HEAD_BYTES = 2 * _WORD_BYTES  # the word, and in a region's first slot how many
 _LENGTHS = Struct("=HH")  # of the key and of the value, in bytes
 VALUE_BYTES_MAX = (LARGE_BYTES - _HEAD_BYTES) // 2 - _LENGTHS.size
 """The length of a key and its value in JSON, together."""
+
+
+Watcher = Callable[[str, object], None]
+"""Told of each change of a value, None: it is gone; called in order, must be instant and raise nothing."""
+
+
+def named_in(value: object) -> set[int]:
+    """The descriptors that a value names, in its `fd` and `fds`."""
+    named: set[int] = set()
+    if isinstance(value, dict):
+        for numbers in (value.get("fd", -1), value.get("fds", ())):
+            named.update([numbers] if isinstance(numbers, int) else numbers)
+    return {number for number in named if number >= 0}
 
 
 class JournalFull(LockfsError):
@@ -103,6 +116,7 @@ class Facts:
         self._small = _Region(memory, words, SMALL_BYTES, SMALL_MAX)
         self._large = _Region(large_memory, large_words, LARGE_BYTES, LARGE_MAX)
         self._lock = threading.Lock()
+        self.watcher: Watcher | None = None
         self._places: dict[str, tuple[_Region, int]] = {}
         self._values: dict[str, object] = {}
 
@@ -133,6 +147,8 @@ class Facts:
                 if place is not None:
                     place[0].give_back(place[1])
             self._values[key] = value
+            if self.watcher is not None:
+                self.watcher(key, value)
 
     def remove(self, key: str) -> None:
         """Forget a key's value, if it has one."""
@@ -141,6 +157,8 @@ class Facts:
             if place is not None:
                 del self._values[key]
                 place[0].give_back(place[1])
+                if self.watcher is not None:
+                    self.watcher(key, None)
 
     def get(self, key: str) -> object | None:
         """A key's value, None if it has none. Not to be changed in place."""

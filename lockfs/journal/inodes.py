@@ -7,6 +7,7 @@ written, is there; it counts no more from the moment that is 0.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 SLOT_WORDS = 8
@@ -38,6 +39,8 @@ class InodeSlots:
     def __init__(self, words: memoryview) -> None:
         """`words`: INODES_BYTES as numbers of 8 bytes."""
         self._words = words
+        self.watcher: Callable[[int, int, int], None] | None = None
+        """Told of each slot that is taken, with its node number and descriptor, or freed, with zeros."""
         self._free: list[int] = []
         self._used = 0
 
@@ -63,6 +66,8 @@ class InodeSlots:
         words[at + _GENERATION] = generation
         words[at + _LOOKUPS] = 0
         words[at + _NUMBER] = number
+        if self.watcher is not None:
+            self.watcher(slot, number, descriptor)
         return slot
 
     def count(self, slot: int, lookups: int) -> None:
@@ -80,6 +85,8 @@ class InodeSlots:
         if slot >= 0:
             self._words[slot * SLOT_WORDS + _NUMBER] = 0
             heapq.heappush(self._free, slot)
+            if self.watcher is not None:
+                self.watcher(slot, 0, 0)
 
     def reload(self) -> None:
         """Find out anew which slots are free."""

@@ -2,6 +2,7 @@
 
     one page           the header: words of 8 bytes, each written in one store
     INODES * 64 bytes  inodes.py: one binary slot for each inode that the kernel knows
+    NUMBERS * 8 bytes  serials.py: what a service manager keeps of each descriptor
     the rest           facts.py: JSON values by key
 
 The memfd is sparse: only what was written to takes memory.
@@ -14,13 +15,14 @@ import os
 from typing import Final
 
 from lockfs.errors import LockfsError
-from lockfs.journal.facts import FACTS_BYTES, Facts
+from lockfs.journal.facts import FACTS_BYTES, Facts, named_in
 from lockfs.journal.inodes import INODES_BYTES, InodeSlots
+from lockfs.journal.serials import SERIALS_BYTES, Serials
 
 HEADER_BYTES = 4096
-MAGIC: Final = 0x6C6F636B66730002
+MAGIC: Final = 0x6C6F636B66730003
 """'lockfs' and the version of the layout: a program that does not know it starts afresh."""
-TOTAL_BYTES = HEADER_BYTES + INODES_BYTES + FACTS_BYTES
+TOTAL_BYTES = HEADER_BYTES + INODES_BYTES + SERIALS_BYTES + FACTS_BYTES
 
 
 class JournalError(LockfsError):
@@ -60,6 +62,9 @@ class Header:
 class SharedMemory:
     """One mount's journal. The descriptor is closed on exec unless somebody makes it inheritable."""
 
+    NAME: Final = "lockfs-journal"
+    """Under this name /proc shows it."""
+
     def __init__(self, descriptor: int) -> None:
         """Use `create` or `attach`."""
         self.descriptor = descriptor
@@ -67,10 +72,13 @@ class SharedMemory:
         whole = memoryview(self._map)
         words = whole.cast("q")
         first, second = HEADER_BYTES // 8, (HEADER_BYTES + INODES_BYTES) // 8
-        self._views = [whole, words, words[:first], words[first:second], whole[second * 8 :], words[second:]]
-        self.header = Header(self._views[2])
-        self.inodes = InodeSlots(self._views[3])
-        self.facts = Facts(*self._views[4:])
+        third = second + SERIALS_BYTES // 8
+        parts = [words[:first], words[first:second], words[second:third], whole[third * 8 :], words[third:]]
+        self._views = [whole, words, *parts]
+        self.header = Header(parts[0])
+        self.inodes = InodeSlots(parts[1])
+        self.serials = Serials(parts[2])
+        self.facts = Facts(*parts[3:])
 
     @classmethod
     def create(cls) -> SharedMemory:
@@ -79,7 +87,7 @@ class SharedMemory:
         Raises:
             OSError: no memory, or no descriptor left.
         """
-        descriptor = os.memfd_create("lockfs-journal", os.MFD_CLOEXEC)
+        descriptor = os.memfd_create(cls.NAME, os.MFD_CLOEXEC)
         try:
             os.ftruncate(descriptor, TOTAL_BYTES)
             memory = cls(descriptor)
@@ -101,17 +109,18 @@ class SharedMemory:
             raise JournalError(f"descriptor {descriptor} is no journal of this version of lockfs.")
         memory = cls(descriptor)
         if memory.header.magic != MAGIC:
-            memory._unmap()
+            memory.unmap()
             raise JournalError(f"descriptor {descriptor} is no journal of this version of lockfs.")
         memory.reload()
         return memory
 
     def close(self) -> None:
         """Give back the mapping and the descriptor; for a process that is done with a journal but goes on."""
-        self._unmap()
+        self.unmap()
         os.close(self.descriptor)
 
-    def _unmap(self) -> None:
+    def unmap(self) -> None:
+        """Give back the mapping alone."""
         self.facts.close()
         for view in reversed(self._views):
             view.release()
@@ -126,7 +135,5 @@ class SharedMemory:
         """The descriptors that the journal names: of inodes, and in the `fd` and `fds` of values."""
         named = self.inodes.descriptors()
         for value in self.facts.items("").values():
-            if isinstance(value, dict):
-                for numbers in (value.get("fd", -1), value.get("fds", ())):
-                    named.update([numbers] if isinstance(numbers, int) else numbers)
+            named |= named_in(value)
         return {number for number in named if number >= 0}

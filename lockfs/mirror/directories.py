@@ -6,6 +6,7 @@ neither shift nor repeat the others, and a rewind sees them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -116,7 +117,8 @@ class Directories:
         directory = _Directory(inode, value["fd"], _Reader(*value["caller"]), None, snapshot, unique)
         if snapshot >= 0:
             size = os.fstat(snapshot).st_size
-            directory.names = os.pread(snapshot, size, 0).split(b"\0")
+            with contextlib.suppress(OSError):  # it was not kept: then the directory cannot be read either
+                directory.names = os.pread(snapshot, size, 0).split(b"\0")
         self._open[number] = directory
         if unique:
             self._untold[unique] = number

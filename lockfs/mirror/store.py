@@ -217,8 +217,11 @@ class Store:
     def name_of(self, inode: Inode) -> bytes:
         """A current path of the inode relative to the store's root, for people.
 
-        A file too deep below the root for the kernel to spell its path out is named by its number.
+        A file too deep below the root for the kernel to spell its path out is named by its number, and so is
+        one that is known to a former worker's opens alone, without a descriptor.
         """
+        if inode.descriptor < 0:
+            return b"(inode %d)" % inode.number
         root = os.readlink(os.fsencode(self.inodes.root.path)).rstrip(b"/")
         try:
             path = os.readlink(os.fsencode(inode.path))
