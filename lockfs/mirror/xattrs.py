@@ -77,6 +77,10 @@ class Xattrs:
             if value is None:
                 raise OSError(errno.ENODATA, "the image is free, or the storage does not tell")
             return os.fsencode(value)
+        said = self._store.repeats.former(caller)
+        if said is not None and said.get("absent"):
+            # pyfuse3 asks, before it sets what must not exist; this very request has made it.
+            raise OSError(errno.ENODATA, "it was not there when this request was first done")
         return await self._run(name, caller, os.getxattr, inode.path, name)
 
     async def set(self, inode: Inode, name: bytes, value: bytes, caller: Caller) -> None:
@@ -87,7 +91,12 @@ class Xattrs:
         """
         if self._owns(inode, name):
             raise OSError(errno.EPERM, "lockfs' own attributes are read-only")
-        await self._run(name, caller, os.setxattr, inode.path, name, value)
+
+        def once(path: str, attribute: bytes, content: bytes) -> None:
+            intent = {"absent": _is_absent(path, attribute)}
+            self._store.repeats.doing(caller, intent, lambda: os.setxattr(path, attribute, content))
+
+        await self._run(name, caller, once, inode.path, name, value)
 
     async def remove(self, inode: Inode, name: bytes, caller: Caller) -> None:
         """Remove an attribute.
@@ -132,3 +141,11 @@ class Xattrs:
         async with self._backings.image_of(inode, caller) as (image, _):
             holders = await keeper.others(image)
         return describe_there(holders[0]) if holders else {}
+
+
+def _is_absent(path: str, name: bytes) -> bool:
+    try:
+        os.getxattr(path, name)
+    except OSError as error:
+        return error.errno == errno.ENODATA
+    return False

@@ -301,6 +301,19 @@ async def test_without_the_notes_it_would_fail(life: Life, operation: Operation)
         await operation(life.mirror, asks(13, resent=True))
 
 
+async def test_an_attribute_that_must_be_new_is_made_once(life: Life) -> None:
+    """pyfuse3 looks whether it is there before it has it set: what this request made does not count."""
+    (life.path / "c").write_bytes(b"c")
+    inode = await life.number("c")
+    await life.mirror.setxattr(inode, b"user.new", b"1", asks(16))
+    await life.worker()
+    with fails(errno.ENODATA):
+        await life.mirror.getxattr(inode, b"user.new", asks(16, resent=True))
+    await life.mirror.setxattr(inode, b"user.new", b"1", asks(16, resent=True))
+    life.mirror.answered(16, 0)
+    assert await life.mirror.getxattr(inode, b"user.new", asks(17, resent=True)) == b"1"
+
+
 async def test_another_file_of_that_name_is_not_removed(life: Life) -> None:
     """Removed, answered to nobody, and somebody made a file of the same name meanwhile."""
     (life.path / "a").write_bytes(b"old")
