@@ -83,7 +83,7 @@ def test_seeds_differ() -> None:
 
 
 def test_a_failure_tells_how_to_see_it_again() -> None:
-    outcome = Outcome(7, ["at 1.000: something"], [], "", 1, 1.0, 0, 0, 0, False, ["    1.0000 last event"])
+    outcome = Outcome(7, ["at 1.000: something"], [], "", 1, 1.0, 0, 0, 0, 0, 0, False, ["    1.0000 last event"])
     assert "something" in outcome.story() and "last event" in outcome.story()
     assert "python -m tests.engine.simulation 7 -v" in outcome.story()
 
