@@ -153,8 +153,10 @@ class Lockspace:
 
     @property
     def renewal_due(self) -> float:
-        """The clock time of the next renewal; past after a suspicion, which a renewal must follow."""
-        return self.renewed_at + self.timing.renew_every if self.pace.renewed else 0.0
+        """The clock time of the next renewal: after a suspicion, when it can be told from the last."""
+        if self._last is not None and not self.pace.renewed:
+            return float(self._last.timestamp + 1)
+        return self.renewed_at + self.timing.renew_every
 
     @property
     def strangers(self) -> list[int]:
@@ -370,6 +372,7 @@ class Lockspace:
             write_timestamp=self.event[2],
         ).summed()
         self._sure = False
+        is_seen = renewed.timestamp != self._last.timestamp  # whole seconds: others see nothing else
         try:
             await self.area.write(
                 self._sector, sectors.encode_delta(renewed, self._bitmap(now)), self.timing.dead
@@ -378,7 +381,8 @@ class Lockspace:
             # Landed or not, what is there now is the old record or this one.
             self._last = renewed
         self._sure = True
-        self.pace.landed(paced)
+        if is_seen:
+            self.pace.landed(paced)
         self._settle_renewal(now)
 
     def _settle_renewal(self, written_at: float) -> None:

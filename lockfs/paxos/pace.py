@@ -104,7 +104,7 @@ class Pace:
         return self.suspicions, self._offset_now()
 
     def landed(self, before: tuple[int, float]) -> None:
-        """The renewal has landed."""
+        """The renewal has landed, and others can tell it from the one before."""
         self._renewed, self._offset = before
 
     # Other hosts

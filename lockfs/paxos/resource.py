@@ -167,9 +167,7 @@ class Resource:
         yield from self._contest.mark_released(ModeBlock(sectors.SHARED, self._lockspace.generation))
         yield from self._release_leader(mine)
 
-    async def _win(
-        self, mode: ModeBlock, give_up_at: float, *, short: bool
-    ) -> tuple[Leader, frozenset[int]]:
+    async def _win(self, mode: ModeBlock, give_up_at: float, *, short: bool) -> tuple[Leader, frozenset[int]]:
         """Become the owner of the next version; returns its leader and who shares the lease."""
         for _ in range(ROUNDS_MAX):
             go = await self._go(mode, give_up_at, short=short)

@@ -382,10 +382,11 @@ class Host:
         self._halted = True
 
     def thaw(self) -> None:
-        """Go on, with a renewal at the next moment."""
+        """Go on; the next renewal comes when it is due by the clock that stood still."""
         self.clock.go()
         self._halted = False
-        self.world.at(self.world.now, self._renew)
+        due_in = max(0.0, self.lockspace.renewal_due - self.clock.now())
+        self.world.at(self.world.now + due_in, self._renew)
 
     def crash(self) -> None:
         """Do nothing any more."""

@@ -608,7 +608,7 @@ class PaxosBackend(Backend):
         return asked | (self._called & inodes)
 
     def _epoch_passed(self, epoch: Epoch) -> None:
-        """After a pass over the lockspace: must leases be confirmed? Did anybody tell us to look at requests?"""
+        """After a pass over the lockspace: must leases be confirmed, did anybody call us to the requests?"""
         self._proof.passed(epoch)
         if epoch.lockspace.watch.take_callers():
             self._look_at_calls.set()

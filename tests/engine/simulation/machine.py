@@ -48,8 +48,8 @@ class DriftingClock(Clock):
 
 UNAWARE_IO_TIMEOUTS = 10.5
 """How long, in io_timeouts, a host that stood still with its clock may go on as if nothing had been: the 8
-after which it writes no more without a pass, one for a look at a lease to fail, and one for the look to begin;
-and what clocks drift."""
+after which it writes no more without a pass, one until a look at a lease begins, and one for it to fail; and
+what clocks drift."""
 
 
 class Machine:
