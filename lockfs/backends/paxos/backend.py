@@ -94,7 +94,8 @@ class PaxosBackend(Backend):
         random: Random | None = None,
         io: RawIO | None = None,
     ) -> None:
-        """`store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`.
+        """`clock` and `wall` are the host's, the machine's own by default; with another `clock`, `wall` may be
+        missing. `store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`.
 
         `store` is its path: people read it, and host ids are kept by it. `io` reaches the lease area, the
         kernel's by default.
@@ -115,7 +116,7 @@ class PaxosBackend(Backend):
             self._random,
             self._epoch_changed,
             self._epoch_passed,
-            wall or RealTimeClock(),
+            RealTimeClock() if clock is None else wall,
         )
         self._layout: Layout | None = None
         self._leases: dict[int, PaxosLease] = {}
