@@ -382,7 +382,7 @@ class Lockspace:
             self._last = renewed
         self._sure = True
         if is_seen:
-            self.pace.landed(paced)
+            self.pace.landed(paced, self.clock.now() - self.renewed_at)
         self._settle_renewal(now)
 
     def _settle_renewal(self, written_at: float) -> None:

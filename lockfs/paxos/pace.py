@@ -5,8 +5,8 @@ looks good while other hosts have counted it as dead and taken what it held. Two
 the real-time clock, if somebody sets it right, and the renewals of other hosts, whose own clocks went on.
 
 A suspicion proves nothing, and may be raised for nothing: nothing is to be written under a lease taken before
-it until the storage has confirmed that lease (Resource.confirm). Hosts that come or go leave no pace to
-compare with; the leases are then to be looked at (Resource.is_there), with nobody held up.
+it until the storage has confirmed that lease (Resource.confirm). Where little can be said, for hosts come or
+go or renewals failed for long, the leases are to be looked at (Resource.is_there), with nobody held up.
 """
 
 from __future__ import annotations
@@ -103,9 +103,14 @@ class Pace:
         self.look_at_wall()
         return self.suspicions, self._offset_now()
 
-    def landed(self, before: tuple[int, float]) -> None:
-        """The renewal has landed, and others can tell it from the one before."""
+    def landed(self, before: tuple[int, float], age: float) -> None:
+        """The renewal has landed, and others can tell it from the one before, `age` seconds ago.
+
+        A standstill too short for others' pace to show it is enough on top of renewals that failed for long.
+        """
         self._renewed, self._offset = before
+        if age >= self._timing.late:
+            self._want_looks(self._clock.now())
 
     # Other hosts
 
@@ -124,14 +129,19 @@ class Pace:
                 ahead = min(self._ahead(sight.timestamp, old, now) for old in track.stamps)
                 if ahead > 0 and len(track.stamps) == _KEPT:
                     slow = f"host id {host_id} went {ahead:.0f} s further than this host's own clock allows"
-                news = news or ahead > 0
+                # One that was silent for long may have stood still as well: its own stamps tell too little.
+                silent = now - track.stamps[-1].not_before > self._timing.of(sight.io_timeout).fails
+                news = news or ahead > 0 or silent
                 track.stamps = [*track.stamps[1 - _KEPT :], stamp]
         self._pass_began = began
         if slow:
             self.suspect(slow)
         if news:
-            # A host that was taking a lease when we came back has done so, or given up, by then.
-            self._look_due, self._look_until = True, now + self._timing.fails
+            self._want_looks(now)
+
+    def _want_looks(self, now: float) -> None:
+        # A host that was taking a lease when we came back has done so, or given up, by then.
+        self._look_due, self._look_until = True, now + self._timing.fails
 
     def _ahead(self, timestamp: int, old: _Stamp, now: float) -> float:
         ours = (now - old.not_before) * (1.0 + TOLERANCE)

@@ -107,6 +107,28 @@ def test_hosts_come_and_go() -> None:
     assert pace.look_due, "until it was done"
 
 
+def test_a_host_that_was_silent_comes_back() -> None:
+    """It may have stood still as we did."""
+    world, one, two, mine = held()
+    two.halt()
+    world.advance(2.0 * FAST.fails)
+    one.lockspace.pace.looked()
+    assert not one.lockspace.pace.look_due
+    thaw(world, two)
+    world.advance(2.0)
+    assert one.lockspace.pace.look_due and mine.proven
+
+
+def test_a_renewal_comes_late() -> None:
+    """A short standstill on top of it would be enough for others to take what is held."""
+    world, one, _, mine = held()
+    one.lockspace.pace.looked()
+    assert not one.lockspace.pace.look_due
+    one.disk.slow(FAST.late, "write", world.delta_offset(1))
+    world.advance(FAST.fails + 1.0)
+    assert one.lockspace.pace.look_due and mine.proven
+
+
 def test_a_host_of_which_little_is_known() -> None:
     """Its first stamp may be old: one that runs ahead of it is a reason to look, and no more."""
     world = World(first_hosts=8).make()

@@ -94,11 +94,10 @@ class PaxosBackend(Backend):
         random: Random | None = None,
         io: RawIO | None = None,
     ) -> None:
-        """`clock` and `wall` are the host's, the machine's own by default; with another `clock`, `wall` may be
-        missing. `store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`.
+        """`store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`.
 
         `store` is its path: people read it, and host ids are kept by it. `io` reaches the lease area, the
-        kernel's by default.
+        kernel's by default. `clock` and `wall` are the machine's own by default, together.
         """
         self._io = io
         self._options = options
@@ -609,7 +608,7 @@ class PaxosBackend(Backend):
         return asked | (self._called & inodes)
 
     def _epoch_passed(self, epoch: Epoch) -> None:
-        """After a pass over the lockspace: must leases be confirmed, did anybody call us to the requests?"""
+        """After a pass over the lockspace: must leases be confirmed? Has anybody called us?"""
         self._proof.passed(epoch)
         if epoch.lockspace.watch.take_callers():
             self._look_at_calls.set()
