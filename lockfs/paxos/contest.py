@@ -170,6 +170,28 @@ class Contest:
             return Go(Outcome.CHANGED, bid)  # a former life of this host's
         return Go(Outcome.WON, bid, new, frozenset(sharers))
 
+    def keep(self, mine: Leader, mode: ModeBlock) -> Plan[Go]:
+        """A go at the version after the one that this host still owns, `mine`, without letting go of it.
+
+        Whoever took this host for dead and is about to take the lease loses that version, or has won it. A
+        proposal of our own for it, of which we do not know the end, was never let go of: it counts.
+
+        Raises:
+            Refused: another host has had the lease, or won it. RecordError, LockspaceFailed.
+        """
+        survey = yield from self.survey()
+        if survey.is_behind or not self.owns(survey.leader, mine):
+            raise Refused(Result.LOST_VERSION, "another host has taken the lease", leader=survey.leader)
+        return (yield from self.go(self.bid(survey, mode, short=False), in_hand=True))
+
+    def owns(self, leader: Leader, mine: Leader) -> bool:
+        """Whether the lease is still owned as in `mine`: in that version, or a later one won without letting
+        go.
+        """
+        owner = (leader.owner_id, leader.owner_generation)
+        same = owner == (self.lockspace.host_id, self.lockspace.generation)
+        return bool(leader.timestamp) and same and leader.lver >= mine.lver
+
     def _ballot(self, bid: Bid) -> Plan[tuple[Value, set[int]]]:
         lockspace, survey = self.lockspace, bid.survey
         proposal = Value(lockspace.host_id, lockspace.generation, stamp(lockspace.clock.now()))

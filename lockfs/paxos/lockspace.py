@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from lockfs.paxos.area import Area
 from lockfs.paxos.errors import EngineError, IdInUse, LockspaceFailed
 from lockfs.paxos.kept import Kept
-from lockfs.paxos.seams import Clock
+from lockfs.paxos.pace import Pace
+from lockfs.paxos.seams import Clock, WallClock
 from lockfs.paxos.timing import Timing
 from lockfs.paxos.watch import HostState, Watch
 from lockfs.records import sectors
@@ -67,9 +68,10 @@ class Lockspace:
         clock: Clock,
         timing: Timing,
         looks_first: Callable[[bytes], bool] | None = None,
+        wall: WallClock | None = None,
     ) -> None:
         """`looks_first` tells of a host's name whether it looks at the storage before it counts a sharer as
-        dead, as lockfs does; the sanlock daemon goes by its last pass. None: all hosts do.
+        dead, as lockfs does; the sanlock daemon goes by its last pass. None: all hosts do. `wall`: see Pace.
         """
         self.area = area
         self.name = name
@@ -78,6 +80,7 @@ class Lockspace:
         self.clock = clock
         self.timing = timing
         self.watch = Watch(name, host_id, timing, area.shape)
+        self.pace = Pace(timing, clock, wall)
         self.renewed_at = 0.0
         self.event = _HOST_EVENT_NONE
         self._sector = sectors.delta_sector(host_id)
@@ -118,6 +121,13 @@ class Lockspace:
             return Standing.DOUBT
         return Standing.LATE if age >= self.timing.late else Standing.GOOD
 
+    def in_time(self) -> bool:
+        """Whether an I/O may be started now, as far as this host's clocks tell; asked from any thread.
+
+        A lease must have been confirmed since the last suspicion besides (Resource.proven).
+        """
+        return not self._lost and self.pace.is_kept() and self.clock.now() < self.write_until
+
     @property
     def why_lost(self) -> str:
         """What ended the membership, empty while it lasts."""
@@ -143,7 +153,9 @@ class Lockspace:
 
     @property
     def renewal_due(self) -> float:
-        """The clock time of the next renewal."""
+        """The clock time of the next renewal: after a suspicion, when it can be told from the last."""
+        if self._last is not None and not self.pace.renewed:
+            return float(self._last.timestamp + 1)
         return self.renewed_at + self.timing.renew_every
 
     @property
@@ -350,6 +362,7 @@ class Lockspace:
         except (RecordError, LockspaceFailed) as error:
             self._lose(str(error))
             raise
+        paced = self.pace.renewing()
         now = self.clock.now()
         renewed = replace(
             self._last,
@@ -359,6 +372,7 @@ class Lockspace:
             write_timestamp=self.event[2],
         ).summed()
         self._sure = False
+        is_seen = renewed.timestamp != self._last.timestamp  # whole seconds: others see nothing else
         try:
             await self.area.write(
                 self._sector, sectors.encode_delta(renewed, self._bitmap(now)), self.timing.dead
@@ -367,6 +381,8 @@ class Lockspace:
             # Landed or not, what is there now is the old record or this one.
             self._last = renewed
         self._sure = True
+        if is_seen:
+            self.pace.landed(paced, self.clock.now() - self.renewed_at)
         self._settle_renewal(now)
 
     def _settle_renewal(self, written_at: float) -> None:
@@ -378,8 +394,11 @@ class Lockspace:
             self._lose(f"a renewal came only after {age:.0f} s")
 
     async def _pass(self) -> Leader:
+        began = self.clock.now()
         whole = await self.area.read(0, self.area.shape.area_size // self.area.shape.sector_size)
-        self.watch.observe(whole, self.clock.now())
+        now = self.clock.now()
+        changed = self.watch.observe(whole, now)
+        self.pace.observe(began, now, (sight for sight in changed if sight[0] != self.host_id))
         at = self._sector * self.area.shape.sector_size
         return sectors.decode_leader(whole[at : at + self.area.shape.sector_size])
 

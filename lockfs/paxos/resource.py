@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from lockfs.paxos.area import Area
 from lockfs.paxos.contest import Contest, Go, Outcome
-from lockfs.paxos.errors import EngineError, Refused
+from lockfs.paxos.errors import EngineError, LockspaceFailed, Refused
 from lockfs.paxos.liveness import OwnerCheck, Verdict, sharer_lives
 from lockfs.paxos.lockspace import Lockspace, Standing
 from lockfs.paxos.seams import Plan
@@ -62,6 +62,8 @@ class Resource:
         self._lockspace = lockspace
         self._random = random
         self._contest = Contest(area, lockspace, name, hosts_hint)
+        self._doubted = False
+        self._suspicions = 0
 
     @property
     def area(self) -> Area:
@@ -83,6 +85,13 @@ class Resource:
         """The leader that this object knows to have been there last by its own doing."""
         return self._contest.last
 
+    @property
+    def proven(self) -> bool:
+        """Whether no suspicion that this host stood still has come since the lease began to be taken, or was
+        confirmed. If one has, no I/O may be started under it. Asked from any thread.
+        """
+        return not self._doubted and self._suspicions == self._lockspace.pace.suspicions
+
     async def _carry_out(self, plan: Plan[_T]) -> _T:
         return await self.area.disk.carry_out(plan)
 
@@ -100,6 +109,8 @@ class Resource:
         if self.hold is not Hold.NONE:
             raise EngineError(Result.GENERAL, f"lease {sectors.shown(self.name)} is held already")
         self._lockspace.require()
+        # As of now: of what comes while it is being taken, the hold must be cleared afterwards.
+        self._suspicions, self._doubted = self._lockspace.pace.suspicions, False
         await self.settle()
         if shared:
             await self._acquire_shared(give_up_at)
@@ -156,9 +167,7 @@ class Resource:
         yield from self._contest.mark_released(ModeBlock(sectors.SHARED, self._lockspace.generation))
         yield from self._release_leader(mine)
 
-    async def _win(
-        self, mode: ModeBlock, give_up_at: float, *, short: bool
-    ) -> tuple[Leader, frozenset[int]]:
+    async def _win(self, mode: ModeBlock, give_up_at: float, *, short: bool) -> tuple[Leader, frozenset[int]]:
         """Become the owner of the next version; returns its leader and who shares the lease."""
         for _ in range(ROUNDS_MAX):
             go = await self._go(mode, give_up_at, short=short)
@@ -246,10 +255,10 @@ class Resource:
         if self._lockspace.standing() in (Standing.DOUBT, Standing.LOST):
             self._contest.unsettled = self._lockspace.standing() is Standing.DOUBT
             return
-        if hold is Hold.EXCLUSIVE:
-            await self._carry_out(self._give_back(mine, sectors.NOT_SHARED))
-        elif not in_order:  # a conversion failed: the leader may be ours
+        if not in_order:  # a conversion failed, or a confirmation: the leader may be ours, in a later version
             await self.settle()
+        elif hold is Hold.EXCLUSIVE:
+            await self._carry_out(self._give_back(mine, sectors.NOT_SHARED))
         else:
             await self._carry_out(self._contest.mark_released(sectors.NOT_SHARED))
             self._contest.unsettled = False
@@ -284,6 +293,7 @@ class Resource:
         """
         if self.hold is Hold.NONE or self.leader is None:
             raise EngineError(Result.GENERAL, f"lease {sectors.shown(self.name)} is not held")
+        self._require_proven()
         if shared and self.hold is Hold.EXCLUSIVE:
             await self._until_known(give_up_at)
             self._lockspace.require()
@@ -317,6 +327,77 @@ class Resource:
         """The lease itself was removed while this host held it: there is nothing to give back."""
         self.hold, self.leader, self._contest.unsettled = Hold.NONE, None, False
 
+    # After a suspicion that this host stood still (pace.py)
+
+    def _require_proven(self) -> None:
+        """To write what says that the lease is held would hide that it is not."""
+        if not self.proven:
+            problem = f"lease {sectors.shown(self.name)} must be confirmed first: {self._lockspace.pace.why}"
+            raise LockspaceFailed(Result.LOCKSPACE_FAILED, problem)
+
+    def doubt(self) -> None:
+        """Have this lease confirmed as well."""
+        self._doubted = True
+
+    async def is_there(self) -> bool:
+        """Whether the storage still has the lease as held here. It says nothing of hosts about to take it.
+
+        Raises:
+            RecordError, DiskError, DiskTimeout.
+        """
+        mine = self.leader
+        return self.hold is not Hold.NONE and mine is not None and await self._is_there(mine)
+
+    async def _is_there(self, mine: Leader) -> bool:
+        now = await self._read_leader()
+        if self._contest.owns(now, mine):
+            return True  # also where a conversion to shared has only begun
+        if self.hold is Hold.EXCLUSIVE:
+            return False
+        mode = (await self._read_host(self._lockspace.host_id)).mode
+        # A new sharer owns it for a moment. Who wants it for itself owns it before it looks who shares it.
+        unowned = not now.timestamp or bool(now.flags & sectors.SHORT_HOLD)
+        return unowned and mode.shared and mode.generation == self._lockspace.generation
+
+    async def confirm(self, give_up_at: float = 0.0) -> None:
+        """Make certain that the lease held still is, whatever others took this host for; `proven` afterwards.
+
+        What this host owns is renewed as the next version, so that nobody who was about to take it still can.
+        Sharers are looked for after the taking, when a renewal of this host can be seen: a look is enough.
+        If it fails, what was begun is `unsettled`; the hold stays, unproven.
+
+        Raises:
+            Refused: another host has had it; with DBLOCK_MBAL others contend for it, and nothing is known.
+            LockspaceFailed: no renewal has landed since the suspicion. EngineError: not held.
+            RecordError, DiskError, DiskTimeout.
+        """
+        pace, mine = self._lockspace.pace, self.leader
+        suspicions = pace.suspicions
+        self._lockspace.require()
+        if not pace.renewed:
+            raise LockspaceFailed(Result.LOCKSPACE_FAILED, f"not renewed since a suspicion: {pace.why}")
+        if mine is None:
+            raise EngineError(Result.GENERAL, f"lease {sectors.shown(self.name)} is not held")
+        if self.hold is Hold.EXCLUSIVE or self._contest.owns(await self._read_leader(), mine):
+            await self._keep(mine, give_up_at)
+        elif not await self._is_there(mine):
+            raise Refused(Result.LOST_VERSION, "another host has taken the lease")
+        self._suspicions, self._doubted = suspicions, False
+
+    async def _keep(self, mine: Leader, give_up_at: float) -> None:
+        """Own the next version without a moment in which anybody else could."""
+        mode, exclusive = sectors.NOT_SHARED, self.hold is Hold.EXCLUSIVE
+        if not exclusive:
+            mode = ModeBlock(sectors.SHARED, self._lockspace.generation)
+        while True:
+            go = await self._carry_out(self._contest.keep(mine, mode))
+            if go.leader is not None:
+                break
+            await self._back_off(give_up_at, go.bid.survey.leader)
+        self._lockspace.require()
+        self.leader, self.followed = go.leader, None
+        self._contest.unsettled = not exclusive  # others cannot share it before the leader is freed
+
     # After a failure
 
     def restore(
@@ -324,6 +405,7 @@ class Resource:
     ) -> None:
         """Go on for a former process of this host: with what it held, and what it wrote last (recall.py)."""
         self.hold, self.leader = hold, leader
+        self._suspicions, self._doubted = self._lockspace.pace.suspicions, False
         self._contest.area, self._contest.written, self._contest.unsettled = area, written, unsettled
 
     async def settle(self) -> None:
@@ -333,10 +415,12 @@ class Resource:
 
         Raises:
             RecordError, DiskError, DiskTimeout: not yet.
-            LockspaceFailed: in doubt; not yet.
+            LockspaceFailed: in doubt, or a shared hold that must be confirmed first; not yet.
         """
         if not self.unsettled:
             return
+        if self.hold is Hold.SHARED:
+            self._require_proven()
         if self._lockspace.standing() is Standing.LOST:
             self._contest.unsettled = False
             return

@@ -119,3 +119,10 @@ class Clock(Protocol):
 
     async def sleep(self, seconds: float) -> None:
         """Let `seconds` pass; a cancellation point."""
+
+
+class WallClock(Protocol):
+    """The real time, as far as this host knows it. Compared with `Clock` alone, never with another host's."""
+
+    def now(self) -> float:
+        """Seconds since the epoch; may be set, forward and back. CLOCK_REALTIME in production; any thread."""

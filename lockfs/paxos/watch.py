@@ -52,13 +52,15 @@ class Watch:
         self.first_check = 0.0
         self.last_check = 0.0
 
-    def observe(self, area: bytes, now: float) -> None:
-        """Take in one pass: the whole lockspace as read just now."""
+    def observe(self, area: bytes, now: float) -> list[tuple[int, Sight]]:
+        """Take in one pass: the whole lockspace as read just now. Returns what it found changed."""
         self.last_check = now
         self.first_check = self.first_check or now
-        for host_id in self._changed(area):
+        changed = self._changed(area)
+        for host_id in changed:
             self._look(host_id, area, now)
         self._former = area
+        return [(host_id, self._sights[host_id]) for host_id in changed]
 
     def _changed(self, area: bytes) -> list[int]:
         """Hosts whose sector is not what it was; runs of unchanged sectors are skipped at once."""

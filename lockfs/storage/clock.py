@@ -1,4 +1,4 @@
-"""The host's own time in production; see `Clock` in paxos/seams.py."""
+"""The host's own time in production; see `Clock` and `WallClock` in paxos/seams.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 import trio
 
-from lockfs.paxos.seams import Clock
+from lockfs.paxos.seams import Clock, WallClock
 
 
 class BootClock(Clock):
@@ -23,3 +23,11 @@ class BootClock(Clock):
     async def sleep(self, seconds: float) -> None:
         """Let `seconds` pass, none if negative; always a cancellation point."""
         await trio.sleep(max(seconds, 0.0))
+
+
+class RealTimeClock(WallClock):
+    """CLOCK_REALTIME."""
+
+    def now(self) -> float:
+        """Seconds since the epoch, as the machine has been told."""
+        return time.clock_gettime(time.CLOCK_REALTIME)

@@ -17,6 +17,7 @@ from lockfs.backends.fcntl import FcntlBackend, FcntlOptions
 from lockfs.backends.nop import NopBackend
 from lockfs.backends.paxos.backend import PaxosBackend
 from lockfs.backends.paxos.options import LayoutKind, PaxosOptions
+from lockfs.paxos.seams import Clock
 from lockfs.records import sectors
 from lockfs.records.geometry import MIB, geometry
 
@@ -218,7 +219,7 @@ class PaxosMaker:
     """Hosts with the paxos backend on one directory, all with one layout.
 
     Under a MockClock time jumps whenever nothing happens on any of them (lease_io.pace); else it is real.
-    `changes` are a host's own options, by its number.
+    `changes` are a host's own options, by its number; `clocks` those of hosts that have their own.
     """
 
     offers = Offers()
@@ -230,6 +231,7 @@ class PaxosMaker:
         self.store = directory / "store"
         self.store.mkdir(exist_ok=True)
         self.changes: dict[int, dict[str, object]] = {}
+        self.clocks: dict[int, Clock] = {}
         self._layout = layout
         self._hosts: list[PaxosHost] = []
         self._store_fd = -1
@@ -266,7 +268,9 @@ class PaxosMaker:
     async def open(self, number: int) -> PaxosHost:
         """Host `number`, started, but not yet running; within `hosts`, which stops it."""
         io = LeaseIO()
-        clock = TrioClock() if isinstance(trio.lowlevel.current_clock(), MockClock) else None
+        clock = self.clocks.get(number)
+        if clock is None and isinstance(trio.lowlevel.current_clock(), MockClock):
+            clock = TrioClock()
         backend = PaxosBackend(
             self.options(number), self._store_fd, f"host{number}", store=str(self.store), clock=clock, io=io
         )

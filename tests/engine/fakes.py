@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from lockfs.paxos.area import Area
 from lockfs.paxos.lockspace import Lockspace
 from lockfs.paxos.resource import Resource
-from lockfs.paxos.seams import Clock, Disk, DiskError, DiskTimeout
+from lockfs.paxos.seams import Clock, Disk, DiskError, DiskTimeout, WallClock
 from lockfs.paxos.timing import Timing
 from lockfs.records import sectors
 from lockfs.records.geometry import FILE_GEOMETRY, MIB, Geometry
@@ -291,17 +291,44 @@ class HostDisk(Disk):
             raise Cancelled
 
 
-class HostClock(Clock):
-    """One host's clock: the world's time. `cancel_at`: the so manieth sleep from now on is cancelled."""
+class RealTime(WallClock):
+    """A real-time clock: the world's time, `ahead` of it by what it was set."""
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.ahead = 1e9
+
+    def now(self) -> float:
+        """The time."""
+        return self._world.now + self.ahead
+
+
+class HostClock(Clock):
+    """One host's clock: the world's time, but for what it was stopped. `cancel_at`: the so manieth sleep from
+    now on is cancelled.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._behind = 0.0
+        self._stopped_at: float | None = None
         self.cancel_at = 0
         self.slept: list[float] = []
 
     def now(self) -> float:
         """The time."""
-        return self._world.now
+        now = self._world.now if self._stopped_at is None else self._stopped_at
+        return now - self._behind
+
+    def stop(self) -> None:
+        """Stand still."""
+        self._stopped_at = self._world.now
+
+    def go(self) -> None:
+        """Go on from there."""
+        if self._stopped_at is not None:
+            self._behind += self._world.now - self._stopped_at
+            self._stopped_at = None
 
     async def sleep(self, seconds: float) -> None:
         """Let it pass."""
@@ -323,13 +350,17 @@ class Host:
     timing: Timing = FAST
     name: bytes = b""
     renewing: bool = field(init=False, default=False)
+    wall: WallClock | None = None
 
     def __post_init__(self) -> None:
         self.disk = HostDisk(self.world, self.host_id)
         self.clock = HostClock(self.world)
         self.name = self.name or b"host%d" % self.host_id
         area = Area(self.disk, 0, self.world.lockspace_shape, self.timing.io_timeout)
-        self.lockspace = Lockspace(area, SPACE, self.host_id, self.name, clock=self.clock, timing=self.timing)
+        self.lockspace = Lockspace(
+            area, SPACE, self.host_id, self.name, clock=self.clock, timing=self.timing, wall=self.wall
+        )
+        self._halted = False
         self.world.hosts.append(self)
 
     def join(self) -> Host:
@@ -340,9 +371,22 @@ class Host:
         return self
 
     def _renew(self) -> None:
-        if self.renewing:
+        if self.renewing and not self._halted:
             run(self.lockspace.renew())
-            self.world.at(self.lockspace.renewal_due, self._renew)
+            due_in = self.lockspace.renewal_due - self.clock.now()
+            self.world.at(self.world.now + due_in, self._renew)
+
+    def halt(self) -> None:
+        """Stand still, with the clock."""
+        self.clock.stop()
+        self._halted = True
+
+    def thaw(self) -> None:
+        """Go on; the next renewal comes when it is due by the clock that stood still."""
+        self.clock.go()
+        self._halted = False
+        due_in = max(0.0, self.lockspace.renewal_due - self.clock.now())
+        self.world.at(self.world.now + due_in, self._renew)
 
     def crash(self) -> None:
         """Do nothing any more."""

@@ -8,18 +8,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from tests.engine.simulation.faults import Faults
 from tests.engine.simulation.machine import DriftingClock
 from tests.engine.simulation.regressions import REGRESSIONS
-from tests.engine.simulation.run import STEPS, Outcome, simulate
+from tests.engine.simulation.run import STEPS, Outcome, World, simulate
 from tests.engine.simulation.scheduler import Scheduler
 
 SEEDS = int(os.environ.get("LOCKFS_SIM_SEEDS", "300"))
 FIRST = int(os.environ.get("LOCKFS_SIM_FIRST", "0"))
 CHUNK = 25
+HALTS = int(os.environ.get("LOCKFS_SIM_HALTS", "100"))
+"""Seeds in which hosts stand still together with their clocks."""
 MODEST = 50
 """Seeds that are enough for every kind of event to have come up."""
 REPLAYED = (3, 17, 42)
@@ -36,6 +39,13 @@ def test_no_seed_shows_a_violation(first: int) -> None:
     for seed in range(first, min(first + CHUNK, FIRST + SEEDS)):
         outcome = _clean(simulate(seed))
         assert outcome.steps >= STEPS
+
+
+def test_hosts_that_stood_still_with_their_clocks_notice() -> None:
+    """They write on for a bounded time only, and what they can keep they keep."""
+    outcomes = [_clean(simulate(seed, make=partial(World, halts=True))) for seed in range(HALTS)]
+    assert any(outcome.stale_after_halts for outcome in outcomes)
+    assert any(outcome.confirmed for outcome in outcomes)
 
 
 @pytest.mark.parametrize("seed", sorted(REGRESSIONS))
@@ -83,7 +93,9 @@ def test_seeds_differ() -> None:
 
 
 def test_a_failure_tells_how_to_see_it_again() -> None:
-    outcome = Outcome(7, ["at 1.000: something"], [], "", 1, 1.0, 0, 0, 0, False, ["    1.0000 last event"])
+    outcome = Outcome(
+        7, ["at 1.000: something"], [], "", 1, 1.0, 0, 0, 0, 0, 0, False, ["    1.0000 last event"]
+    )
     assert "something" in outcome.story() and "last event" in outcome.story()
     assert "python -m tests.engine.simulation 7 -v" in outcome.story()
 

@@ -11,7 +11,6 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from random import Random, SystemRandom
 from typing import TypeVar
 
@@ -40,6 +39,7 @@ from lockfs.backends.paxos.membership import Epoch, Membership, host_of
 from lockfs.backends.paxos.opening import open_layout
 from lockfs.backends.paxos.options import PaxosOptions
 from lockfs.backends.paxos.places import Layout, Place, was_removed
+from lockfs.backends.paxos.proof import PaxosLease, Proof
 from lockfs.backends.paxos.unsettled import SETTLE_S, Hand, Unsettled, let_go_of
 from lockfs.backends.remembered import Ledger, Stage
 from lockfs.backends.requests import Requests
@@ -50,10 +50,10 @@ from lockfs.paxos import requests as paxos_requests
 from lockfs.paxos.errors import Refused
 from lockfs.paxos.owners import ownership
 from lockfs.paxos.resource import Hold, Resource
-from lockfs.paxos.seams import Clock
+from lockfs.paxos.seams import Clock, WallClock
 from lockfs.records.results import RecordError
 from lockfs.records.sectors import Leader
-from lockfs.storage.clock import BootClock
+from lockfs.storage.clock import BootClock, RealTimeClock
 from lockfs.storage.rawio import RawIO
 
 STATE_THREADS = 8
@@ -77,35 +77,6 @@ _T = TypeVar("_T")
 _log = logging.getLogger("lockfs.paxos")
 
 
-@dataclass
-class PaxosLease(Lease):
-    """A lease in hand: the engine's resource, where it lies, and the membership it was taken in.
-
-    `followed`: the leader record that it came in place of; `last`: of a lost lease, the one that it had.
-    """
-
-    place: Place = field(kw_only=True)
-    resource: Resource = field(kw_only=True)
-    epoch: Epoch = field(kw_only=True)
-    followed: Leader | None = None
-    last: Leader | None = None
-
-    def in_time(self) -> bool:
-        """Whether a write may be started now; see Lease.in_time."""
-        return self.epoch.in_time()
-
-    @property
-    def resumable(self) -> bool:
-        """Whether it can be told of a later lease that it follows; see Lease."""
-        return True
-
-    def follows(self, lost: Lease) -> bool:
-        """Whether the leader record in whose place this lease came, as the very next version, was the one of
-        `lost`; see Lease and docs/decisions/0014.
-        """
-        return isinstance(lost, PaxosLease) and lost.last is not None and self.followed == lost.last
-
-
 class PaxosBackend(Backend):
     """Leases by Disk Paxos. `run` must be running from `start` to `stop`."""
 
@@ -119,13 +90,14 @@ class PaxosBackend(Backend):
         *,
         store: str = "the store",
         clock: Clock | None = None,
+        wall: WallClock | None = None,
         random: Random | None = None,
         io: RawIO | None = None,
     ) -> None:
         """`store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`.
 
         `store` is its path: people read it, and host ids are kept by it. `io` reaches the lease area, the
-        kernel's by default.
+        kernel's by default. `clock` and `wall` are the machine's own by default, together.
         """
         self._io = io
         self._options = options
@@ -137,7 +109,13 @@ class PaxosBackend(Backend):
         self._name_files(instance.encode())
         self._limiter = trio.CapacityLimiter(STATE_THREADS)
         self._membership = Membership(
-            options, host, self._clock, self._random, self._epoch_changed, self._epoch_passed
+            options,
+            host,
+            self._clock,
+            self._random,
+            self._epoch_changed,
+            self._epoch_passed,
+            RealTimeClock() if clock is None else wall,
         )
         self._layout: Layout | None = None
         self._leases: dict[int, PaxosLease] = {}
@@ -149,6 +127,7 @@ class PaxosBackend(Backend):
         self._called: set[int] = set()
         self._links: dict[int, tuple[Leader | None, Leader]] = {}
         self._look_at_calls = trio.Event()
+        self._proof = Proof(self._leases, self._unsettled.turn, self._note, self._worth)
         self._on_change: LeaseEvent = lambda lease: None
 
     # From start to stop
@@ -194,6 +173,7 @@ class PaxosBackend(Backend):
             nursery.start_soon(self._membership.run)
             nursery.start_soon(self._settle_late)
             nursery.start_soon(self._answer_calls)
+            nursery.start_soon(self._proof.run)
             if self._options.join_wait and self._membership.epoch is None:
                 try:
                     await self._membership.ready()
@@ -226,12 +206,18 @@ class PaxosBackend(Backend):
         final = epoch.state is LeaseState.DOUBT and bool(epoch.lockspace.strangers)
         for lease in list(self._leases.values()):
             state = LeaseState.LOST if final and lease.mode is Mode.SHARED else epoch.state
-            if lease.epoch is epoch and lease.state not in (state, LeaseState.RELEASED, LeaseState.LOST):
-                lease.state = state
-                if state is LeaseState.LOST:
-                    lease.last = lease.resource.leader
-                    self._note(lease, Stage.ENDING)
-                self._on_change(lease)
+            if lease.epoch is epoch and lease.state is not state:
+                self._worth(lease, state)
+
+    def _worth(self, lease: PaxosLease, state: LeaseState) -> None:
+        """Tell the keeper what a lease is worth now. What is lost, or given back, stays so."""
+        if lease.state in (LeaseState.RELEASED, LeaseState.LOST):
+            return
+        lease.state = state
+        if state is LeaseState.LOST:
+            lease.last = lease.resource.leader
+            self._note(lease, Stage.ENDING)
+        self._on_change(lease)
 
     # Taking
 
@@ -622,7 +608,8 @@ class PaxosBackend(Backend):
         return asked | (self._called & inodes)
 
     def _epoch_passed(self, epoch: Epoch) -> None:
-        """After a pass over the lockspace: did anybody tell us to look at the requests?"""
+        """After a pass over the lockspace: must leases be confirmed? Has anybody called us?"""
+        self._proof.passed(epoch)
         if epoch.lockspace.watch.take_callers():
             self._look_at_calls.set()
 
@@ -679,7 +666,7 @@ class PaxosBackend(Backend):
         self._notes.taking(image.inode, Mode.EXCLUSIVE, place.name, epoch)
         try:
             await resource.acquire()
-            if not await self._opened().still(place, image):
+            if not await self._opened().still(place, image) or not resource.proven:
                 return False
             epoch.lockspace.require()  # a name that we no longer hold may be another's by now
             hand.removing = True

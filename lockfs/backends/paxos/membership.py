@@ -23,7 +23,7 @@ from lockfs.errors import BackendError, LockfsError
 from lockfs.paxos.area import Area
 from lockfs.paxos.errors import IdInUse, LockspaceFailed
 from lockfs.paxos.lockspace import Lockspace, Standing, find_lockspace, free_ids, survey
-from lockfs.paxos.seams import Clock
+from lockfs.paxos.seams import Clock, WallClock
 from lockfs.records import sectors
 from lockfs.records.results import RecordError
 from lockfs.records.sectors import NAME_BYTES
@@ -62,8 +62,7 @@ class Epoch:
 
     def in_time(self) -> bool:
         """Whether a write may be started now; asked from any thread, for every write."""
-        lockspace = self.lockspace
-        return not lockspace.why_lost and lockspace.clock.now() < lockspace.write_until
+        return self.lockspace.in_time()
 
 
 def unique_name(host: str) -> bytes:
@@ -101,10 +100,12 @@ class Membership:
         random: Random,
         changed: Callable[[Epoch], None],
         passed: Callable[[Epoch], None],
+        wall: WallClock | None = None,
     ) -> None:
         self._options = options
         self._host = host
         self._clock = clock
+        self._wall = wall
         self._random = random
         self._changed = changed
         self._passed = passed
@@ -341,6 +342,7 @@ class Membership:
             clock=self._clock,
             timing=self._options.timing,
             looks_first=lambda name: made_by_lockfs(name.decode("utf-8", "backslashreplace")),
+            wall=self._wall,
         )
 
     async def _enter(self, lockspace: Lockspace) -> None:
@@ -365,7 +367,7 @@ class Membership:
     async def _keep_renewing(self, epoch: Epoch) -> None:
         """Renew until the membership is lost."""
         lockspace = epoch.lockspace
-        failing = False
+        failing, suspicions = False, lockspace.pace.suspicions
         while lockspace.standing() is not Standing.LOST:
             await self._until_due(lockspace)
             until = lockspace.write_until
@@ -382,6 +384,9 @@ class Membership:
             if failing and lockspace.standing() is Standing.GOOD:
                 _log.info("lockspace %s is renewed again", sectors.shown(self._name))
             failing = False
+            if lockspace.pace.suspicions != suspicions:
+                suspicions, why = lockspace.pace.suspicions, lockspace.pace.why
+                _log.warning("this host may have stood still, its leases are confirmed: %s", why)
             if self._clock.now() >= until:
                 # Gates have said no meanwhile, whether or not anybody had looked at the standing.
                 self._tell(epoch, LeaseState.DOUBT)
@@ -414,6 +419,7 @@ class Membership:
         """Tell of each change of the standing when it happens, whatever a renewal hangs on."""
         lockspace = epoch.lockspace
         while epoch.state is not LeaseState.LOST:
+            lockspace.pace.look_at_wall()
             self._look(epoch)
             now = self._clock.now()
             limits = (lockspace.write_until, lockspace.renewed_at + lockspace.comeback)

@@ -16,6 +16,11 @@ had happened: its clock counts the pause, its sleeps may or may not. Its I/O goe
 may be as old as the pause when the program sees it. A task may be cancelled at any await; the program then
 settles the lease. A program may stop in good order: it releases its leases and leaves.
 
+**Standstills.** In worlds with halts, members are stopped for up to three times the time after which a host
+counts as dead, each together with its clock: it does not know that time passed. What it had handed over lands
+within the same bound. Not one that is about to join: between its look at the id and its write nothing shows
+that others have joined with it.
+
 **Clocks.** They start anywhere, never step back, leap ahead only by time that really passes (a suspension),
 and run fast or slow by up to DRIFT, which changes now and then. With the rate r of the holder's clock and R
 of the taker's, what a holder starts at the last moment is out of the way when another takes over if 8
@@ -35,7 +40,7 @@ watchdog time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 LATEST = 0.8
@@ -92,6 +97,11 @@ class Faults:
             frozen=random.randrange(FROZEN_SEEDS) == 0,
             collide=random.random() < 0.25,
         )
+
+    def with_halts(self) -> Faults:
+        """For hosts that stand still: leases are held for as long as that takes, and not all is chaos."""
+        quieter = max(self.chaos_every, 20.0)
+        return replace(self, thinking=2.0, chaos_every=quieter, shared=min(self.shared, 0.3))
 
     @property
     def bound(self) -> float:

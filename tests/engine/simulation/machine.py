@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,6 +19,7 @@ class DriftingClock(Clock):
         self._then = scheduler.now
         self._base = scheduler.random.uniform(100.0, 100_000.0)
         self._rate = 1.0
+        self._stopped = 0.0
         self.drift()
 
     def now(self) -> float:
@@ -28,10 +30,26 @@ class DriftingClock(Clock):
         self._base, self._then = self.now(), self._scheduler.now
         self._rate = self._scheduler.random.uniform(1.0 - DRIFT, 1.0 + DRIFT)
 
+    def stop(self) -> None:
+        """Stand still from now on."""
+        self._base, self._then = self.now(), self._scheduler.now
+        self._stopped, self._rate = self._rate, 0.0
+
+    def go(self) -> None:
+        """Run on from where it stopped."""
+        if self._stopped:
+            self._then, self._rate, self._stopped = self._scheduler.now, self._stopped, 0.0
+
     async def sleep(self, seconds: float) -> None:
         wait = Wait(self._scheduler.now + max(seconds, 0.0) / self._rate)
         self._scheduler.at(wait.due or 0.0, wait.finish)
         await wait
+
+
+UNAWARE_IO_TIMEOUTS = 10.5
+"""How long, in io_timeouts, a host that stood still with its clock may go on as if nothing had been: the 8
+after which it writes no more without a pass, one until a look at a lease begins, and one for it to fail; and
+what clocks drift."""
 
 
 class Machine:
@@ -47,6 +65,8 @@ class Machine:
         self._running: Task | None = None
         self.paused_until = 0.0
         self.frozen = False
+        self.halted = False
+        self.thawed_at = -math.inf
         self.after_step: Callable[[Machine, str], None] = lambda machine, label: None
         self._suspended = False
         self._paused_at = 0.0
@@ -105,6 +125,23 @@ class Machine:
         self._suspended, self.frozen = suspended, frozen
         self.scheduler.at(self.paused_until, self._go_on)
 
+    def halt(self, seconds: float) -> None:
+        """Stand still together with the clock."""
+        self.pause(seconds, suspended=True, frozen=False)
+        self.halted = True
+        self.clock.stop()
+
+    @property
+    def unaware(self) -> bool:
+        """Whether it stands still, or has so lately that it need not know yet."""
+        known_by = self.thawed_at + UNAWARE_IO_TIMEOUTS * self.io_timeout
+        return self.halted or self.scheduler.now <= known_by
+
+    def _thaw(self) -> None:
+        if self.halted:
+            self.halted, self.thawed_at = False, self.scheduler.now
+            self.clock.go()
+
     def freeze(self) -> None:
         """Stand still right now, with all I/O, and long enough that others may take over."""
         self.scheduler.note(f"host {self.number} freezes")
@@ -114,6 +151,7 @@ class Machine:
         if self.paused:
             return
         self.frozen = False
+        self._thaw()
         self.scheduler.note(f"host {self.number} goes on")
         backlog, self._backlog = self._backlog, []
         for task, wait, value, error in backlog:
@@ -123,6 +161,7 @@ class Machine:
     def kill(self) -> None:
         """The program dies at once."""
         self.paused_until, self.frozen = self.scheduler.now, False
+        self._thaw()
         tasks, self.tasks, self._backlog = self.tasks, [], []
         for task in tasks:
             task.kill()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 SPACE = b"simulation"
 RETRY_S = 0.5
 POLL_S = 0.1
+CONFIRM_S = 2.0
+LONG_HOLD = 80
 PAUSES_WHILE_JOINING = 0.4
 
 
@@ -55,6 +58,75 @@ class Session:
             for lease in range(world.faults.leases)
         }
         self.pending = dict.fromkeys(self.resources, 0)
+        self.looks = False
+        self._busy: set[int] = set()
+        self._proving = False
+
+    @asynccontextmanager
+    async def turn(self, lease: int) -> AsyncIterator[None]:
+        """Be the only task that works on the lease."""
+        while lease in self._busy:
+            await self.lockspace.clock.sleep(POLL_S)
+        self._busy.add(lease)
+        try:
+            yield
+        finally:
+            self._busy.discard(lease)
+
+    @property
+    def owns_some(self) -> bool:
+        """Whether it has a lease for itself."""
+        return any(self.resources[lease].hold is Hold.EXCLUSIVE for lease in self.holders)
+
+    def may_write_under(self, lease: int) -> bool:
+        """Whether this host would start a write under this lease."""
+        return self.may_write and self.resources[lease].proven
+
+    # After a renewal
+
+    def passed(self) -> None:
+        """Look at the leases in hand, and confirm those in doubt, as lockfs does."""
+        if self.lockspace.pace.look_due:
+            self.lockspace.pace.looked()
+            self.looks = True
+        if (self.looks or self._unproven()) and not self._proving:
+            self._proving = True
+            self.program.machine.start(self._prove(), "proof")
+
+    def _unproven(self) -> list[int]:
+        held = [lease for lease, one in self.resources.items() if one.hold is not Hold.NONE]
+        return [lease for lease in held if not self.resources[lease].proven]
+
+    async def _prove(self) -> None:
+        while not self.over and (self.looks or self._unproven()):
+            looks, self.looks = self.looks, False
+            for lease, resource in self.resources.items():
+                async with self.turn(lease):
+                    if looks and resource.hold is not Hold.NONE and resource.proven:
+                        await self._look(lease)
+                    if resource.hold is not Hold.NONE and not resource.proven:
+                        await self._confirm(lease)
+            if self._unproven():
+                await self.lockspace.clock.sleep(RETRY_S)
+        self._proving = False
+
+    async def _look(self, lease: int) -> None:
+        try:
+            if await self.resources[lease].is_there():
+                return
+        except BackendError:
+            self.resources[lease].doubt()
+            return
+        self.lockspace.pace.suspect("a lease is not as it was")
+
+    async def _confirm(self, lease: int) -> None:
+        note, what = self.program.machine.scheduler.note, f"{self.label} lease {lease}"
+        try:
+            await self.resources[lease].confirm(self.lockspace.clock.now() + CONFIRM_S)
+            note(f"{what} is confirmed")
+            self.program.world.witness.confirmed += 1
+        except BackendError as error:
+            note(f"{what} is not confirmed: {error}")
 
     @property
     def may_write(self) -> bool:
@@ -157,6 +229,8 @@ class Program:
                 continue
             try:
                 await lockspace.renew()
+                if self.world.halts:
+                    session.passed()
             except (LockspaceFailed, RecordError) as error:
                 self.machine.scheduler.note(f"{session.label} is lost: {error}")
                 return
@@ -186,7 +260,7 @@ class Program:
             if self.world.quiet or session.over or self.stopping:
                 continue
             shared = random.random() < faults.shared
-            patience = random.choice((0.0, 1.0, 2.0 * faults.dead))
+            patience = 2.0 * faults.dead if self.world.halts else random.choice((0.0, 1.0, 2.0 * faults.dead))
             session.holders.add(lease)
             if await self._try(
                 session, lease, resource.acquire(shared=shared, give_up_at=self._until(patience))
@@ -200,6 +274,8 @@ class Program:
 
     async def _hold(self, session: Session, lease: int) -> None:
         faults, random, resource = self.world.faults, self.random, session.resources[lease]
+        if self.world.halts:
+            await self._hold_long(session, lease)
         for _ in range(random.choice((1, 1, 2, 5))):
             if resource.hold is Hold.EXCLUSIVE:
                 self._write(session, lease)
@@ -211,12 +287,22 @@ class Program:
                 shared = resource.hold is Hold.EXCLUSIVE
                 await self._try(session, lease, resource.convert(shared=shared))
 
+    async def _hold_long(self, session: Session, lease: int) -> None:
+        """Write now and then, for long enough that it shows if a host goes on that has stood still."""
+        resource = session.resources[lease]
+        for _ in range(self.random.randint(0, LONG_HOLD)):
+            if self.world.quiet or session.over or self.stopping:
+                break
+            if resource.hold is Hold.EXCLUSIVE:
+                self._write(session, lease)
+            await self.clock.sleep(self.random.random() * 2.0 * self.machine.io_timeout)
+
     def _write(self, session: Session, lease: int) -> None:
         """Start a write to the image if the rules allow it; it ends by itself."""
         lockspace, leader = session.lockspace, session.resources[lease].leader
         if lockspace.standing() in (Standing.DOUBT, Standing.LOST) or leader is None:
             return
-        if self.clock.now() >= lockspace.write_until:
+        if self.clock.now() >= lockspace.write_until or not session.resources[lease].proven:
             return
         session.pending[lease] += 1
         self.machine.start(
@@ -224,8 +310,10 @@ class Program:
         )
 
     async def _write_image(self, session: Session, lease: int, lver: int, checked: float) -> None:
-        witness = self.world.witness
-        await self.disk.write_image(checked, lambda: witness.image_written(session, lease, lver, checked))
+        witness, unaware = self.world.witness, self.machine.unaware
+        await self.disk.write_image(
+            checked, lambda: witness.image_written(session, lease, lver, checked, unaware=unaware)
+        )
         session.pending[lease] -= 1
 
     async def _drain(self, session: Session, lease: int) -> None:
@@ -237,7 +325,7 @@ class Program:
         resource = session.resources[lease]
         await self._drain(session, lease)
         while not session.over:
-            if resource.unsettled:
+            if resource.unsettled and (resource.hold is Hold.NONE or resource.proven):
                 await self._try(session, lease, resource.settle())
             elif resource.hold is not Hold.NONE:
                 await self._try(session, lease, resource.release())
@@ -249,11 +337,14 @@ class Program:
     async def _try(self, session: Session, lease: int, call: Coroutine[Any, Any, None]) -> bool:
         """One call of the engine; False if it failed in a way that is to be expected, or was cancelled."""
         try:
-            await self._cancellable(call)
+            async with session.turn(lease):
+                await self._cancellable(call)
             return True
         except (BackendError, Cancelled) as error:
             self.machine.scheduler.note(f"{session.label} lease {lease}: {type(error).__name__} {error}")
             return False
+        finally:
+            call.close()
 
     async def _cancellable(self, call: Coroutine[Any, Any, None]) -> None:
         """Make the call, which may be cancelled at any of its awaits while faults last."""

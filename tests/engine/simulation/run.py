@@ -20,6 +20,8 @@ from tests.engine.simulation.witness import Witness
 
 STEPS = 1000
 CALM_STEPS_MAX = 20_000
+HALTS_EACH_DEATH = 2
+"""How many hosts stand still in the time after which one counts as dead, on average."""
 JOIN_TRIES = 4
 """In the calm a host may meet so many ids in a row that are not free before it must have joined."""
 
@@ -37,6 +39,8 @@ class Outcome:
     holds: int
     image_writes: int
     late_image_writes: int
+    stale_after_halts: int
+    confirmed: int
     faulted: bool
     events: list[str] = field(repr=False, default_factory=list)
 
@@ -55,17 +59,21 @@ class World:
         *,
         show: Callable[[str], None] | None = None,
         ordered: bool = True,
+        halts: bool = False,
         lockspace_class: type[Lockspace] = Lockspace,
         resource_class: type[Resource] = Resource,
     ) -> None:
         self.scheduler = Scheduler(seed, show)
         self.faults = Faults.draw(self.scheduler.random)
+        if halts:
+            self.faults = self.faults.with_halts()
         self.storage = Storage(self.scheduler, self.faults)
         self.storage.ordered = ordered
         self.witness = Witness(self.scheduler, self.faults.bound)
         self.storage.on_beyond = self.witness.beyond
         self.lockspace_class, self.resource_class = lockspace_class, resource_class
         self.quiet = False
+        self.halts = halts
         self._numbers = 0
         self._satisfied: set[tuple[int, int]] = set()
         self._format()
@@ -113,6 +121,8 @@ class World:
         """Faults for so many steps, then the calm; ends at the first violation."""
         scheduler, witness = self.scheduler, self.witness
         self._plan_chaos()
+        if self.halts:
+            self._plan_halt()
         scheduler.run(lambda: scheduler.steps >= steps or bool(witness.violations))
         if not witness.violations:
             self._calm()
@@ -149,6 +159,26 @@ class World:
         seconds, suspended = random.uniform(0.0, longest), random.random() < 0.5
         self.scheduler.note(f"host {machine.number} pauses for {seconds:.3f} s")
         machine.pause(seconds, suspended=suspended, frozen=self.faults.frozen)
+
+    def _plan_halt(self) -> None:
+        every = self.faults.dead / HALTS_EACH_DEATH
+        self.scheduler.after(self.scheduler.random.expovariate(1.0 / every), self._halt)
+
+    def _halt(self) -> None:
+        """Have a member stand still together with its clock; not one that is about to join (faults.py)."""
+        if self.quiet:
+            return
+        self._plan_halt()
+        random = self.scheduler.random
+        members = [one for one in self.programs if one is not None and one.session is not None]
+        members = [one for one in members if not one.machine.paused]
+        owners = [one for one in members if one.session is not None and one.session.owns_some]
+        if not members:
+            return
+        machine = random.choice(owners or members).machine
+        seconds = random.uniform(0.0, random.choice((1.0, 3.0)) * self.faults.dead)
+        self.scheduler.note(f"host {machine.number} stands still for {seconds:.3f} s, and its clock")
+        machine.halt(seconds)
 
     def _crash(self, machine: Machine) -> None:
         program = self.programs[machine.number]
@@ -237,13 +267,15 @@ class World:
     async def _ask(self, session: Session, lease: int, host: int) -> None:
         resource, clock = session.resources[lease], session.program.clock
         try:
-            await resource.acquire(give_up_at=clock.now() + 2.0 * self.faults.dead)
+            async with session.turn(lease):
+                await resource.acquire(give_up_at=clock.now() + 2.0 * self.faults.dead)
             self._satisfied.add((host, lease))
         except BackendError as error:
             self.scheduler.note(f"{session.label} lease {lease}: {error}")
         while resource.hold is not Hold.NONE or resource.unsettled:
             try:
-                await (resource.settle() if resource.unsettled else resource.release())
+                async with session.turn(lease):
+                    await (resource.settle() if resource.unsettled else resource.release())
             except BackendError as error:
                 self.scheduler.note(f"{session.label} lease {lease}: {error}")
                 await clock.sleep(0.5)
@@ -276,6 +308,8 @@ def simulate(
         holds=witness.holds,
         image_writes=witness.image_writes,
         late_image_writes=witness.late_image_writes,
+        stale_after_halts=witness.stale_after_halts,
+        confirmed=witness.confirmed,
         faulted=bool(witness.faulted),
         events=list(scheduler.events),
     )

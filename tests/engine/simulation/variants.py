@@ -18,6 +18,7 @@ from lockfs.paxos.ballot import Ballot, Pen, Value
 from lockfs.paxos.contest import Bid, Contest, Go, Survey
 from lockfs.paxos.liveness import OwnerCheck, Verdict
 from lockfs.paxos.lockspace import Lockspace, Standing
+from lockfs.paxos.pace import Pace
 from lockfs.paxos.resource import Resource
 from lockfs.paxos.seams import Plan
 from lockfs.paxos.timing import Timing
@@ -37,6 +38,7 @@ class Variant:
     seeds: int
     patches: tuple[Patch, ...]
     ordered: bool = True
+    halts: bool = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -50,7 +52,7 @@ class Variant:
         """The first of its seeds from `first` on that shows a violation."""
         with self.installed():
             for seed in range(first, first + self.seeds):
-                outcome = simulate(seed, make=partial(World, ordered=self.ordered))
+                outcome = simulate(seed, make=partial(World, ordered=self.ordered, halts=self.halts))
                 if outcome.violations:
                     return outcome
         return None
@@ -210,6 +212,13 @@ def _leader_freed_first(self: Resource, mine: Leader, mode: ModeBlock) -> Plan[N
     self._contest.unsettled = False
 
 
+# Hosts that stood still
+
+
+def _never_ahead(self: Pace, timestamp: int, old: Any, now: float) -> float:
+    return -1.0
+
+
 VARIANTS = (
     Variant("no phase 2", 100, ((Ballot, "run", _no_phase_2),)),
     Variant("nothing read before phase 2", 100, ((Ballot, "run", _no_reading_before_phase_2),)),
@@ -246,4 +255,17 @@ VARIANTS = (
         "leader left as it is when settling", 100, ((Resource, "_put_in_order", _settled_without_waiting),)
     ),
     Variant("writes of one sector in any order", 500, (), ordered=False),
+    Variant("pace not compared with others'", 200, ((Pace, "_ahead", _never_ahead),), halts=True),
+    Variant(
+        "written under what was not confirmed",
+        300,
+        ((Resource, "proven", property(lambda self: True)),),
+        halts=True,
+    ),
+    Variant(
+        "not looked at where hosts come and go",
+        500,
+        ((Pace, "look_due", property(lambda self: False)),),
+        halts=True,
+    ),
 )

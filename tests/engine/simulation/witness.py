@@ -8,6 +8,9 @@ host's own rules make it stop (`write_until` by its clock, a lost lockspace). Wh
 * each hold's version is higher than that of any earlier exclusive hold, and of any earlier hold if it is
   exclusive itself;
 * no write to an image lands after a hold of a higher version began elsewhere.
+
+A host that stands still together with its clock, or has so lately (Machine.unaware), is excused: it holds
+what it believes to hold. It must not believe so for longer.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ class Witness:
         self.holds = 0
         self.image_writes = 0
         self.late_image_writes = 0
+        self.stale_after_halts = 0
+        self.confirmed = 0
         self._known: dict[tuple[int, int], tuple[Hold, int]] = {}
         self._newest: dict[int, tuple[int, int]] = {}
         self._newest_exclusive: dict[int, tuple[int, int]] = {}
@@ -52,7 +57,8 @@ class Witness:
     def joined(self, session: Session) -> None:
         """A host has become a member."""
         for other in self.sessions:
-            if other.lockspace.host_id == session.lockspace.host_id and other.may_write:
+            unaware = other.program.machine.unaware
+            if other.lockspace.host_id == session.lockspace.host_id and other.may_write and not unaware:
                 self.complain(f"{session.label} has joined while {other.label} is a member")
         self.sessions.append(session)
 
@@ -70,7 +76,6 @@ class Witness:
                     session.holders.discard(lease)
 
     def _look_at(self, session: Session, holding: dict[int, list[tuple[Session, Hold]]]) -> None:
-        usable = session.may_write
         for lease in sorted(session.holders):
             resource = session.resources[lease]
             key = (session.number, lease)
@@ -81,7 +86,7 @@ class Witness:
             if self._known.get(key) != state:
                 self._known[key] = state
                 self._began(session, lease, *state)
-            if usable:
+            if session.may_write_under(lease) and not session.program.machine.unaware:
                 holding.setdefault(lease, []).append((session, resource.hold))
 
     def _began(self, session: Session, lease: int, hold: Hold, lver: int) -> None:
@@ -90,17 +95,21 @@ class Witness:
         exclusive = hold is Hold.EXCLUSIVE
         before, owner = (self._newest if exclusive else self._newest_exclusive).get(lease, (0, 0))
         if lver <= before and owner != session.number:
-            self.complain(f"{session.label} holds lease {lease} in version {lver} after version {before}")
+            what = f"{session.label} holds lease {lease} in version {lver} after version {before}"
+            self.complain(what, excused=session.program.machine.unaware)
         for newest in (self._newest, self._newest_exclusive) if exclusive else (self._newest,):
             if lver > newest.get(lease, (0, 0))[0]:
                 newest[lease] = (lver, session.number)
 
-    def image_written(self, session: Session, lease: int, lver: int, called: float) -> None:
-        """A write under a hold reached an image."""
+    def image_written(
+        self, session: Session, lease: int, lver: int, called: float, *, unaware: bool = False
+    ) -> None:
+        """A write under a hold reached an image. Its host was `unaware` that it had stood still."""
         self.image_writes += 1
         late = self._scheduler.now > called + self._bound + 1e-6
         self.late_image_writes += late
         newest, owner = self._newest.get(lease, (0, 0))
         if newest > lver and owner != session.number:
             what = f"{session.label} wrote to image {lease} under version {lver} after version {newest}"
-            self.complain(what, excused=late)
+            self.stale_after_halts += unaware
+            self.complain(what, excused=late or unaware)
