@@ -76,7 +76,7 @@ def test_a_frozen_host_in_passthrough_is_revoked(shared_disk: SharedDisk, figure
 def test_a_host_that_was_frozen_with_its_clocks_stops(
     shared_disk: SharedDisk, figures: Figures, io: str
 ) -> None:
-    """A cannot know from its clocks that time has passed; the other hosts' clocks tell it at its next renewal.
+    """A cannot know from its clocks that time has passed; the other hosts' tell it at its next renewal.
     How much it writes until then is measured (decision 18)."""
     scene = _scene(shared_disk, io)
     scene.a.freeze(clocks=True)
