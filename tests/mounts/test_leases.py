@@ -211,7 +211,10 @@ def test_waiting_open_is_interrupted(tmp_path: Path, number: signal.Signals) -> 
         (hosts.store / "disk").write_bytes(bytes(4096))
         holder = Holder(hosts.a.path / "disk")
         waiter = subprocess.Popen(
-            [sys.executable, "-c", "import os, sys; print(flush=True); os.open(sys.argv[1], os.O_RDWR)",
+            # A program that was started in the background ignores SIGINT, and so do those that it starts.
+            [sys.executable, "-c",
+             "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+             "print(flush=True); os.open(sys.argv[1], os.O_RDWR)",
              hosts.b.path / "disk"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
