@@ -28,7 +28,7 @@ from lockfs.mirror.store import Past
 from lockfs.mount.control import serve_control
 from lockfs.mount.options import MountOptions
 from lockfs.mount.report import Report
-from lockfs.mount.watchdog import Watchdog, keep_fed, open_watchdog
+from lockfs.mount.watchdog import Kept, Watchdog, keep_fed, open_watchdog
 
 log = logging.getLogger("lockfs.mount")
 
@@ -36,7 +36,7 @@ REQUESTS_MAX = 1024  # requests on names and opens under way at once; opens that
 STOP_DEADLINE_S = 30.0
 HEARTBEAT_S = 0.5
 """How often the guardian is shown that the event loop turns."""
-_DEVICE, _MOUNT_DEVICE = "mount:negotiated", "mount:device"
+_DEVICE, _MOUNT_DEVICE, _WATCHDOG = "mount:negotiated", "mount:device", "mount:watchdog"
 
 
 class Turn(Protocol):
@@ -251,8 +251,13 @@ class _Service:
         """Arm the watchdog that was asked for: it fires before another host may take what this one holds."""
         timeout_s = self._options.paxos.watchdog_timeout
         name = self._options.watchdog
+        former = self._facts.get(_WATCHDOG)
+        kept = Kept(
+            int(former["fd"]) if isinstance(former, dict) else -1,
+            lambda descriptor: self._facts.set(_WATCHDOG, {"fd": descriptor}),
+        )
         self._watchdog = await trio.to_thread.run_sync(
-            open_watchdog, name, timeout_s, self._options.mountpoint
+            open_watchdog, name, timeout_s, self._options.mountpoint, kept
         )
         if self._watchdog is not None:
             await nursery.start(keep_fed, self._watchdog, timeout_s, lambda: self._keeper.fences_hold)
@@ -271,6 +276,7 @@ class _Service:
         await self._mirror.release_all()
         await self._backend.stop()
         if self._watchdog is not None:
+            self._facts.remove(_WATCHDOG)
             self._watchdog.disarm()
 
     async def _learn_device(self) -> None:

@@ -15,6 +15,7 @@ import os
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
@@ -49,15 +50,33 @@ class Watchdog(Protocol):
         """End without a reset. Raises nothing expected."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A watchdog's descriptor that outlives workers: closed without a word it would fire.
+
+    `former` is that of a worker that was killed (-1: there is none); `opened` is told a new one before it is
+    armed.
+    """
+
+    former: int = -1
+    opened: Callable[[int], None] = lambda descriptor: None
+
+
 class Device:
     """A watchdog device, which nobody else may have open."""
 
-    def __init__(self, path: str, timeout_s: int, *, ioctl: Ioctl = fcntl.ioctl) -> None:
+    def __init__(
+        self, path: str, timeout_s: int, *, ioctl: Ioctl = fcntl.ioctl, kept: Kept | None = None
+    ) -> None:
         """Arm it to fire `timeout_s` seconds after the last feed, or sooner.
 
         Raises:
             SetupError: it is none, is in use, or takes no such time; says what to do.
         """
+        kept = kept or Kept()
+        if kept.former >= 0:
+            self._descriptor = kept.former
+            return
         try:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -65,6 +84,7 @@ class Device:
                 "stop wdmd or give watchdog=wdmd" if error.errno == errno.EBUSY else "give another device"
             )
             raise SetupError(f"The watchdog {path} cannot be opened ({error.strerror}): {advice}.") from error
+        kept.opened(self._descriptor)
         try:
             ioctl(self._descriptor, WDIOC_SETTIMEOUT, _INT.pack(timeout_s))
             (taken,) = _INT.unpack(ioctl(self._descriptor, WDIOC_GETTIMEOUT, bytes(_INT.size)))
@@ -100,7 +120,9 @@ class Wdmd:
     The daemon feeds the device, which fires within 60 s after that ends, while no connection has expired.
     """
 
-    def __init__(self, name: str, patience_s: int, library: ctypes.CDLL | None = None) -> None:
+    def __init__(
+        self, name: str, patience_s: int, library: ctypes.CDLL | None = None, kept: Kept | None = None
+    ) -> None:
         """`patience_s`: for how long one feed lasts, seconds.
 
         Raises:
@@ -111,9 +133,13 @@ class Wdmd:
             self._library = library or ctypes.CDLL(WDMD_LIBRARY)
         except OSError as error:
             raise SetupError("watchdog=wdmd needs libwdmd: install the sanlock package.") from error
-        self._connection = int(self._library.wdmd_connect())
+        kept = kept or Kept()
+        self._connection = kept.former if kept.former >= 0 else int(self._library.wdmd_connect())
         if self._connection < 0:
             raise SetupError("The watchdog daemon wdmd does not answer: start it, or give watchdog=none.")
+        if kept.former >= 0:
+            return
+        kept.opened(self._connection)
         registered = self._library.wdmd_register(self._connection, ctypes.c_char_p(name.encode()))
         if registered < 0 or self._test(patience_s) < 0:
             os.close(self._connection)
@@ -146,7 +172,7 @@ class Wdmd:
         os.close(self._connection)
 
 
-def open_watchdog(name: str, timeout_s: int, who: str) -> Watchdog | None:
+def open_watchdog(name: str, timeout_s: int, who: str, kept: Kept | None = None) -> Watchdog | None:
     """The watchdog of an option's value: "none", "wdmd" or a device's path. `timeout_s`: after what
     time without a feed the machine must be down, seconds; with wdmd it is down 60 s after a feed's end.
 
@@ -156,8 +182,8 @@ def open_watchdog(name: str, timeout_s: int, who: str) -> Watchdog | None:
     if name == NONE:
         return None
     if name == WDMD:
-        return Wdmd(f"lockfs {who}", max(1, timeout_s // FEEDS_PER_TIMEOUT))
-    return Device(name, timeout_s - timeout_s // MARGIN_PART)
+        return Wdmd(f"lockfs {who}", max(1, timeout_s // FEEDS_PER_TIMEOUT), kept=kept)
+    return Device(name, timeout_s - timeout_s // MARGIN_PART, kept=kept)
 
 
 async def keep_fed(

@@ -14,7 +14,15 @@ import trio
 import trio.testing
 
 from lockfs.errors import SetupError
-from lockfs.mount.watchdog import WDIOC_GETTIMEOUT, WDIOC_SETTIMEOUT, Device, Wdmd, keep_fed, open_watchdog
+from lockfs.mount.watchdog import (
+    WDIOC_GETTIMEOUT,
+    WDIOC_SETTIMEOUT,
+    Device,
+    Kept,
+    Wdmd,
+    keep_fed,
+    open_watchdog,
+)
 from tests.conftest import ExpectLog
 
 TIMEOUT_S = 60
@@ -137,3 +145,30 @@ def test_wdmd_that_refuses(answers: dict[str, int]) -> None:
     library = FakeLibrary(-1)
     with pytest.raises(SetupError, match="does not answer"):
         Wdmd("lockfs here", 12, library)
+
+
+def test_the_next_worker_goes_on_with_the_same_descriptor(device: FakeDevice) -> None:
+    """A watchdog that is closed without a word fires: the descriptor is told before it is armed, and kept."""
+    told: list[int] = []
+    first = Device(str(device.path), TIMEOUT_S, ioctl=device.ioctl, kept=Kept(opened=told.append))
+    first.feed()
+    (descriptor,) = told
+    again = Device(str(device.path), TIMEOUT_S, ioctl=device.ioctl, kept=Kept(descriptor, told.append))
+    again.feed()
+    assert device.asked == [TIMEOUT_S] and told == [descriptor]
+    again.disarm()
+    assert device.fed() == b"\0\0V"
+
+
+def test_the_next_worker_goes_on_with_the_same_connection() -> None:
+    """wdmd has a connection that ended with an expiry for a dead program's."""
+    connection = os.open("/dev/null", os.O_RDONLY)
+    library: Any = FakeLibrary(connection)
+    told: list[int] = []
+    Wdmd("lockfs here", 12, library, Kept(opened=told.append))
+    assert told == [connection]
+    other: Any = FakeLibrary(-1)  # a second connection cannot be had
+    again = Wdmd("lockfs here", 12, other, Kept(connection, told.append))
+    again.feed()
+    assert told == [connection]
+    again.disarm()
