@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -406,15 +407,20 @@ def users_place(tmp_path: Path) -> Iterator[int]:
         process.communicate("end\n")
 
 
-def test_an_ordinary_user_clears_its_own(store: Path, tmp_path: Path, users_place: int) -> None:
+@pytest.fixture
+def users_directory() -> Iterator[Path]:
+    """A directory that an ordinary user can reach; pytest's own is root's alone."""
+    with tempfile.TemporaryDirectory(prefix="lockfs-user-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def test_an_ordinary_user_clears_its_own(users_directory: Path, users_place: int) -> None:
     """Without privileges a dead mount goes by fusermount3, and the next one serves."""
-    point = tmp_path / "a"
-    runtime = tmp_path / "run"
-    runtime.mkdir()
+    store, point, runtime = (users_directory / name for name in ("store", "a", "run"))
     for path in (store, point, runtime):
+        path.mkdir()
         os.chown(path, 65534, 65534)
-    for path in (tmp_path, tmp_path.parent):
-        path.chmod(0o755)
     command = ["nsenter", "-t", str(users_place), "-m"]
     command += ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     command += ["env", f"XDG_RUNTIME_DIR={runtime}"]
