@@ -185,6 +185,7 @@ def test_what_was_sent_too_late_fails_alone(tmp_path: Path) -> None:
             manager.await_true(lambda: manager.leads_to("/late") and manager.leads_to("/kept"), "both")
             m.wait_ready()
             m.kill()
+            manager.hear_all()
             manager.lose(*manager.leads_to("/late"))
             m.process = manager.start(store, m.path, words).process
             manager.await_said("READY=1", 2)

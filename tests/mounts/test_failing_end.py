@@ -30,6 +30,13 @@ class Ended:
         self.what.append("watchdog")
 
 
+class Noted:
+    """Stands for the journal."""
+
+    def remove(self, key: str) -> None:
+        """Nothing is kept here."""
+
+
 @pytest.mark.parametrize(
     ("orderly", "flags", "mode", "dead", "gives_back"),
     [
@@ -49,7 +56,7 @@ async def test_what_is_given_back(
     ended, handles = Ended(), HandleTable()
     handles.add(Handle(1, -1, flags, mode, 0, None, dead=dead))
     parts: Any = types.SimpleNamespace(
-        _handles=handles, _orderly=orderly, _mirror=ended, _backend=ended, _watchdog=ended
+        _handles=handles, _orderly=orderly, _mirror=ended, _backend=ended, _watchdog=ended, _facts=Noted()
     )
     await _Service._stop(cast(_Service, parts))
     assert ended.what == (["leases", "backend", "watchdog"] if gives_back else [])

@@ -1,7 +1,8 @@
 """A service manager for tests: what systemd does with NOTIFY_SOCKET and its store of descriptors, in small.
 
 As systemd (src/core/service.c, service_add_fd_store) it keeps an open description once, under the first name
-that it came by.
+that it came by. As systemd (src/core/manager.c, manager_setup_notify) it hears what was sent before it acts
+on a death.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class ServiceManager:
         self.said: list[str] = []
         """The messages that are not about descriptors."""
         self._ends = False
+        self._started = 0
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
@@ -100,6 +102,14 @@ class ServiceManager:
             self.store.remove(stored)
             os.close(stored.descriptor)
 
+    def hear_all(self) -> None:
+        """Return when everything that was sent up to here has been heard."""
+        self._started += 1
+        word = f"HEARD={self._started}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(word.encode(), self._address)
+        self.await_true(lambda: word in self.said, "what was sent")
+
     def leads_to(self, file: str) -> list[str]:
         """The names of what is stored of a file, by the end of its name in /proc."""
         with self._lock:
@@ -127,6 +137,7 @@ class ServiceManager:
         """Start lockfs, with what is stored, without waiting for it. Nothing here may look at `path`: while
         nobody serves it, that waits.
         """
+        self.hear_all()
         command = [sys.executable, "-m", "lockfs.cli.main", "-f"]
         command += ["-o", options] if options else []
         command += [str(source), str(path)]
