@@ -47,6 +47,7 @@ READERS_MAX = 12  # requests served at the same time
 DEFERRED_MAX = 256  # writes that wait for a lease at the same time
 INTERRUPT_RETRY_S = 0.02
 HUGE_PAGE = 2 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
 _LEFT = object()
 _GONE = (errno.ENODEV, errno.ECONNABORTED)
 _AGAIN = (errno.EINTR, errno.EAGAIN, errno.ENOENT)
@@ -93,6 +94,10 @@ class Buffers:
 
     The kernel's WRITE puts 80 bytes of headers before the data, which therefore starts at `data`'s first
     byte; other requests continue from `head` into `data`.
+
+    All of it is there before the first request: the kernel ends a request with EIO if it must have a page
+    made for it while this process is being killed (fs/fuse/dev.c, fuse_dev_do_read; mm/gup.c), and does not
+    send it again.
     """
 
     def __init__(self) -> None:
@@ -102,6 +107,8 @@ class Buffers:
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         start = -address % HUGE_PAGE + PAGE
+        with contextlib.suppress(OSError):  # an older kernel sends nothing again anyway
+            self._memory.madvise(_MADV_POPULATE_WRITE, start - PAGE, MAX_WRITE + 2 * PAGE)
         whole = memoryview(self._memory)
         self.data = whole[start : start + MAX_WRITE + PAGE]
         self.all = whole[start - protocol.WRITE_HEADER_BYTES : start + MAX_WRITE + PAGE]
