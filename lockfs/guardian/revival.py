@@ -7,25 +7,19 @@ write of its file fails with EBADF, while what is noted of it, as leases, is tak
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
+import time
 from dataclasses import dataclass
 
-from lockfs.errors import LockfsError
 from lockfs.guardian import death
-from lockfs.guardian.words import KILL_LIMIT_S, Words
+from lockfs.guardian.former import PLACES, end_family
+from lockfs.guardian.words import LOOP_KILLED_S, Words
 from lockfs.journal.facts import named_in
 from lockfs.journal.memory import JournalError, SharedMemory
 from lockfs.journal.serials import parsed
 from lockfs.linux import cloning
 
 _JOURNAL = f"/memfd:{SharedMemory.NAME} (deleted)"
-_PLACES = ("guardian", "twin", "worker", "spare")
-
-
-class StillAlive(LockfsError):
-    """A process of the former family could not be ended: two families must not serve one mount."""
 
 
 @dataclass
@@ -80,10 +74,11 @@ def restore(kept: Kept, needed: set[int]) -> SharedMemory:
 
     Raises:
         JournalError: one of those is missing.
-        StillAlive: a process of the former family does not end.
+        former.StillAlive: a process of the former family does not end.
     """
-    _end_former(kept)
     memory = kept.memory
+    end_family(memory, kept.number)
+    memory.reload()  # who was left may have gone on for a while
     in_values = {number for value in memory.facts.items("").values() for number in named_in(value)}
     targets = in_values | memory.inodes.descriptors() | needed
     found = {number: at for number in targets if (at := kept.found(number)) is not None}
@@ -120,38 +115,13 @@ def superfluous(kept: Kept, memory: SharedMemory) -> list[str]:
     return left
 
 
-def _end_former(kept: Kept) -> None:
-    """Kill who is left of the former family, found by the journal that it has open."""
-    journal = os.fstat(kept.memory.descriptor)
-    for place in _PLACES:
-        pid = getattr(kept.memory.header, f"{place}_pid")
-        if not pid or pid == os.getpid():
-            continue
-        with contextlib.suppress(OSError):  # it has ended
-            pidfd = os.pidfd_open(pid)
-            try:
-                if _is_of(pid, kept.number, journal):
-                    cloning.send(pidfd, signal.SIGKILL)
-                    if not cloning.await_death(pidfd, KILL_LIMIT_S):
-                        raise StillAlive(f"Process {pid} of this mount cannot be ended.")
-            finally:
-                os.close(pidfd)
-
-
-def _is_of(pid: int, number: int, journal: os.stat_result) -> bool:
-    """Whether a process has the journal open; one that is dying shows no descriptors, but may still write."""
-    try:
-        status = os.stat(f"/proc/{pid}/fd/{number}")
-    except OSError:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
-            return name.read().startswith("lockfs")
-    return (status.st_dev, status.st_ino) == (journal.st_dev, journal.st_ino)
-
-
 def _vacate(memory: SharedMemory) -> None:
     """Nobody is in any place; what the family counted goes on."""
     header, words = memory.header, Words(memory)
-    for place in _PLACES:
+    served = (time.monotonic_ns() - words.ready_ns) / 1e9 if words.ready_ns else 0.0
+    if served >= LOOP_KILLED_S:  # nobody was left to note that the last worker did not end early
+        words.deaths = 0
+    for place in PLACES:
         setattr(header, f"{place}_pid", 0)
         setattr(words, f"{place}_fd", 0)
     words.bell = words.order = words.sweeping = words.listening = words.ready_ns = 0

@@ -11,30 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import write_loop
 from tests.support.manager import managed, service_manager
 from tests.support.mounts import mounted, needs_mount
 
 pytestmark = needs_mount
 
-_WRITER = """
-import os, sys
-fd = os.open(sys.argv[1], os.O_RDWR)
-number = 0
-print("open", flush=True)
-while not os.path.exists(sys.argv[2]):
-    data = b"%08d" % number
-    assert os.pwrite(fd, data, 8 * (number % 64)) == 8
-    assert os.pread(fd, 8, 8 * (number % 64)) == data
-    if number % 16 == 0:
-        os.fsync(fd)
-    number += 1
-os.close(fd)
-print(number, flush=True)
-"""
-
 
 def _writer(path: Path, stop: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", _WRITER, str(path), str(stop)]
+    command = [sys.executable, write_loop.__file__, str(path), str(stop)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"open\n"
     return process
