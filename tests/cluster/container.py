@@ -25,11 +25,16 @@ _COMMAND = """#!/bin/sh
 export PYTHONPATH={project}
 exec {python} -P -m lockfs.cli.main "$@"
 """
+_WITHOUT_MOUNTS = """
+grep ' fuse.lockfs ' /proc/self/mounts | cut -d ' ' -f 2 | xargs -r umount -l
+exec "$@"
+"""
+"""A copy of another mount in the container would keep that one served after its unmounting."""
 
 
 def missing() -> list[str]:
     """What of it is not installed."""
-    return [name for name in ("systemd-nspawn", "nsenter") if shutil.which(name) is None]
+    return [name for name in ("systemd-nspawn", "nsenter", "unshare") if shutil.which(name) is None]
 
 
 class Container:
@@ -122,6 +127,7 @@ def container(base: Path, store: Path) -> Iterator[Container]:
     try:
         _furnish(root)
         command = [
+            "unshare", "--mount", "sh", "-c", _WITHOUT_MOUNTS, "sh",
             "systemd-nspawn", "--quiet", "--directory", str(root), f"--machine=lockfs-{os.getpid()}",
             "--register=no", "--keep-unit", "--link-journal=no", f"--bind-ro={_PROJECT}",
             f"--bind-ro={sys.prefix}", "--bind=/dev/fuse", f"--bind={store}:{STORE}", "--boot",
