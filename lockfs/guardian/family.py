@@ -29,6 +29,9 @@ from lockfs.linux import cloning, dying
 EXIT_HOPELESS = 70
 """A worker that exits so has found that no worker can go on: the mount ends, dead."""
 _OOM_GUARDIAN, _OOM_TWIN = -1000, -900
+_NICE = -10
+"""Of the whole family: on a machine that is short of processors leases are renewed, and a killed worker is
+replaced, before the programs that wait for it go on computing."""
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _EVERY = signal.valid_signals()
 _SURE_LOOKS = 2
@@ -118,6 +121,7 @@ class _Family:
 
     def _set_up(self) -> None:
         words = self._words
+        cloning.raise_priority(_NICE)
         _fill_standard_streams()
         words.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         words.order = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

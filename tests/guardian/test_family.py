@@ -28,6 +28,17 @@ def test_orderly_end(family: Family) -> None:
     assert len(family.of("turn")) == 1
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise a priority")
+def test_everybody_has_priority(family: Family) -> None:
+    """Also whoever comes later."""
+    family.start()
+    former = family.pids()["worker"]
+    kill(former)
+    family.turns(2)
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in family.complete(former).values()} == {-10}
+    family.end()
+
+
 def test_killed_worker_is_replaced(family: Family) -> None:
     """The next worker finds open what the journal names, and closed what nobody names."""
     family.start()
