@@ -125,6 +125,9 @@ class Handing:
                 return
             self._end(number)
         self._files[number] = file
+        other = self._serials.same_as(number)
+        if again and other >= 0 and self._serials.serial(other) and are_one(number, other):
+            return  # the store has it by the other number, whichever of the two comes first
         given = self._given.setdefault(file, set())
         for other in given:
             if are_one(number, other):
