@@ -208,6 +208,8 @@ class Directories:
         """
         names = directory.names
         if names is None:
+            # A former worker may have been killed while it read: the position outlives it.
+            os.lseek(directory.descriptor, 0, os.SEEK_SET)
             listed = (os.fsencode(name) for name in os.listdir(directory.descriptor))
             names = [*_DOTS, *(name for name in listed if name != STATE_DIR)]
         entries: list[Found | int | None] = []

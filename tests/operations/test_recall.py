@@ -6,6 +6,7 @@ that share their descriptors. The second one knows what the shared memory tells 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
@@ -346,6 +347,29 @@ async def test_a_directory_goes_on_where_its_listing_was(life: Life, monkeypatch
     assert await life.mirror.opendir(ROOT, asks(15, resent=True)) == directory
     await life.mirror.readdir(directory, 5, [100])
     assert sorted(told) == sorted([b".", b"..", *(b"file%d" % number for number in range(9))])
+    await life.mirror.releasedir(directory)
+
+
+def _read_to_its_end(descriptor: int) -> None:
+    """As os.listdir does, which rewinds it afterwards, if it comes to that."""
+    room = ctypes.create_string_buffer(4096)
+    while ctypes.CDLL(None).getdents64(descriptor, room, len(room)) > 0:
+        pass
+
+
+async def test_a_listing_that_a_killed_worker_had_begun_is_whole(
+    life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bytes] = []
+    monkeypatch.setattr(pyfuse3, "readdir_reply", lambda room, name, entry, position: not told.append(name))
+    (life.path / "file").touch()
+    directory = await life.mirror.opendir(ROOT, asks(15))
+    (value,) = life.memory.facts.items("directory:").values()
+    assert isinstance(value, dict)
+    _read_to_its_end(value["fd"])
+    await life.worker()
+    await life.mirror.readdir(directory, 0, [])
+    assert sorted(told) == [b".", b"..", b"file"]
     await life.mirror.releasedir(directory)
 
 
