@@ -67,14 +67,20 @@ def _end(pid: int, number: int, journal: os.stat_result, placed: bool) -> bool:
 
 
 def _is_of(pid: int, number: int, journal: os.stat_result, placed: bool) -> bool:
-    """Whether a process has the journal open. One that is dying shows no descriptors, but may still write:
-    the worker, which has a place for as long as that counts.
+    """Whether a process has the journal open and is a lockfs: the service manager's store has the journal
+    too, under whatever number. One that is dying shows no descriptors, but may still write: the worker, which
+    has a place for as long as that counts.
     """
+    if not _is_lockfs(pid, placed):
+        return False
     try:
         status = os.stat(f"/proc/{pid}/fd/{number}")
     except FileNotFoundError:
-        if not placed:
-            return False
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
-            return name.read().startswith("lockfs")
+        return placed and _is_lockfs(pid, False)
     return (status.st_dev, status.st_ino) == (journal.st_dev, journal.st_ino)
+
+
+def _is_lockfs(pid: int, placed: bool) -> bool:
+    """By its name. Only the first guardian is without one, until the mount is served; it has a place."""
+    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
+        return placed or name.read().startswith("lockfs")

@@ -72,6 +72,21 @@ def test_others_are_left_alone() -> None:
             bystander.communicate()
 
 
+def test_a_service_manager_is_left_alone() -> None:
+    """Its store has the journal open as well, at times under the very number."""
+    with closing(SharedMemory.create()) as memory:
+        number = os.dup(memory.descriptor)
+        manager = subprocess.Popen(
+            [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, pass_fds=[number]
+        )
+        try:
+            end_family(memory, number)
+            assert manager.poll() is None
+        finally:
+            os.close(number)
+            manager.communicate()
+
+
 def test_ever_more_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family that grows as fast as it is killed is told of, not fought for ever."""
     monkeypatch.setattr(former, "_end", lambda *arguments: True)

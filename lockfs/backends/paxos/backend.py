@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterable
 from random import Random, SystemRandom
 from typing import TypeVar
@@ -31,24 +30,23 @@ from lockfs.backends.base import (
     Peer,
 )
 from lockfs.backends.owners import OwnerRecords
+from lockfs.backends.paxos.calls import Calls
 from lockfs.backends.paxos.former import FormerLeases, LeaseNotes, is_of
-from lockfs.backends.paxos.holders import Holders
 from lockfs.backends.paxos.index import IndexLayout
 from lockfs.backends.paxos.membernotes import MemberNotes
-from lockfs.backends.paxos.membership import Epoch, Membership, host_of
+from lockfs.backends.paxos.membership import Epoch, Membership
 from lockfs.backends.paxos.opening import open_layout
 from lockfs.backends.paxos.options import PaxosOptions
-from lockfs.backends.paxos.places import Layout, Place, was_removed
+from lockfs.backends.paxos.places import Layout, was_removed
 from lockfs.backends.paxos.proof import PaxosLease, Proof
+from lockfs.backends.paxos.telling import Telling
 from lockfs.backends.paxos.unsettled import SETTLE_S, Hand, Unsettled, let_go_of
 from lockfs.backends.remembered import Ledger, Stage
 from lockfs.backends.requests import Requests
 from lockfs.backends.state import StateDirectory
-from lockfs.errors import BackendError, ImageBusy, SetupError
+from lockfs.errors import BackendError, SetupError
 from lockfs.paxos import breaking
-from lockfs.paxos import requests as paxos_requests
 from lockfs.paxos.errors import Refused
-from lockfs.paxos.owners import ownership
 from lockfs.paxos.resource import Hold, Resource
 from lockfs.paxos.seams import Clock, WallClock
 from lockfs.records.results import RecordError
@@ -64,12 +62,8 @@ anew.
 SETTLE_RETRY_S = 1.0
 SETTLE_TASKS = 8
 """How many leases of a former worker are given back at once."""
-COUNT_S = 4.0
-"""How long a report may read leases to count who holds how many, seconds."""
 ATTEMPT_S = 5.0
 """How long an attempt may take at least once the lockspace is joined, seconds."""
-SILENT_PART = 4
-"""A host that is silent for this part of the time after which it counts as dead is waited for."""
 MOVED_TRIES = 8
 """How often a lease may be removed between being found and being taken."""
 
@@ -124,9 +118,17 @@ class PaxosBackend(Backend):
         self._former = FormerLeases(self._notes, self._random, {})
         self._succeeds = False
         self._settling = False
-        self._called: set[int] = set()
         self._links: dict[int, tuple[Leader | None, Leader]] = {}
-        self._look_at_calls = trio.Event()
+        self._telling = Telling(
+            self._membership,
+            self._leases,
+            lambda: self._records,
+            self._opened,
+            self._ready,
+            self._in_thread,
+            self._clock,
+        )
+        self._calls = Calls(self._leases, lambda: self._requests, self._in_thread)
         self._proof = Proof(self._leases, self._unsettled.turn, self._note, self._worth)
         self._on_change: LeaseEvent = lambda lease: None
 
@@ -172,7 +174,7 @@ class PaxosBackend(Backend):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._membership.run)
             nursery.start_soon(self._settle_late)
-            nursery.start_soon(self._answer_calls)
+            nursery.start_soon(self._calls.run)
             nursery.start_soon(self._proof.run)
             if self._options.join_wait and self._membership.epoch is None:
                 try:
@@ -294,7 +296,7 @@ class PaxosBackend(Backend):
             kept = await self._opened().still(hand.place, image)
             return kept
         except Refused as refusal:
-            raise await self._busy(image, hand.place, refusal) from refusal
+            raise await self._telling.busy(image, hand.place, refusal) from refusal
         except RecordError as error:
             if not was_removed(error) or await self._opened().still(hand.place, image):
                 raise
@@ -339,18 +341,6 @@ class PaxosBackend(Backend):
                 async with self._unsettled.turn(inode):
                     await self._settle_shared(lease.resource)
 
-    async def _busy(self, image: Image, place: Place, refusal: Refused) -> ImageBusy:
-        try:
-            found = await self._holders().of(image, place)
-            names = ", ".join(str(holder) for holder in found) or "another host, which let go meanwhile"
-        except BackendError as error:  # that it is held is certain all the same
-            names = f"another host, of which nothing could be read: {str(error).rstrip('.')}"
-        sentence = f"{image.name} is held by {names}"
-        if refusal.free_at is not None:
-            left = max(0.0, refusal.free_at - self._clock.now())
-            sentence += f", a host that is silent and counts as dead in {left:.0f} s"
-        return ImageBusy(sentence + ".")
-
     async def convert(self, lease: Lease, mode: Mode, deadline: float) -> None:
         """Change the mode; see Backend.convert. A lease that could not wholly be weakened is SHARED."""
         held = _ours(lease)
@@ -365,7 +355,7 @@ class PaxosBackend(Backend):
             patience = self._clock.now() + CONTEND_S
             await resource.convert(shared=mode is Mode.SHARED, give_up_at=patience)
         except Refused as refusal:
-            raise await self._busy(held.image, held.place, refusal) from refusal
+            raise await self._telling.busy(held.image, held.place, refusal) from refusal
         finally:
             if resource.hold is Hold.SHARED:
                 held.mode = Mode.SHARED
@@ -414,7 +404,7 @@ class PaxosBackend(Backend):
                 raise
             _log.error("%s: its lease was not as this host had left it: %s", held.image.name, error)
         held.state = LeaseState.RELEASED
-        self._called.discard(inode)
+        self._calls.given_back(inode)
         self._leases.pop(inode, None)
         self._notes.forget(inode)
         await held.place.close()
@@ -479,50 +469,42 @@ class PaxosBackend(Backend):
         if hand is not None:
             await self._unsettled.put_back(inode, hand)
 
-    # Telling
+    # Telling, asking
 
     async def holders(self, image: Image) -> list[Holder]:
-        """Everybody else who holds the image; see Backend.holders. Waits for a join that is under way: before
-        it nobody is known to be dead or alive, and who asks may be about to change an image that is held.
-        """
-        lease = self._leases.get(image.inode)
-        if lease is not None:
-            return await self._holders().of(image, lease.place)
-        for _ in range(MOVED_TRIES):
-            place = await self._opened().find(image)
-            if place is None:
-                return []
-            try:
-                await self._membership.ready()
-                return await self._holders().of(image, place)
-            except RecordError as error:
-                if not was_removed(error) or await self._opened().still(place, image):
-                    raise
-            finally:
-                await place.close()
-        return []
+        """Everybody else who holds the image; see Backend.holders."""
+        return await self._telling.holders(image)
 
     async def evidence(self, image: Image) -> Evidence:
         """What lies on the storage of the image's holder, and what watching it has shown; see Backend."""
-        epoch = await self._ready()
-        place = await self._opened().find(image)
-        if place is None:
-            return Evidence(("No host ever had a lease of the image.",), free=True)
-        try:
-            leader, holders = await breaking.facts(place.area, epoch.lockspace, place.name)
-        finally:
-            with trio.CancelScope(shield=True):
-                await place.close()
-        here = (epoch.lockspace.host_id, epoch.lockspace.generation)
-        others = [one for one in holders if (one.host_id, one.generation) != here and not one.outlived]
-        waits = [
-            one.dead_after_s - one.silent_s for one in others if one.silent_s > one.dead_after_s / SILENT_PART
-        ]
-        return Evidence(
-            tuple(breaking.told(holders, leader, epoch.lockspace)),
-            dead_in_s=max(0.0, *waits, 0.0) if waits and len(waits) == len(others) else None,
-            forcible=bool(others),
-        )
+        return await self._telling.evidence(image)
+
+    async def known_paths(self) -> list[bytes]:
+        """Paths from the owner records of all hosts."""
+        return await self._telling.known_paths()
+
+    async def peers(self) -> list[Peer]:
+        """The hosts of the lockspace; see Backend.peers."""
+        return await self._telling.peers()
+
+    async def request(self, image: Image, owner: Owner) -> None:
+        """Ask other hosts for the image; see Calls.request."""
+        await self._calls.request(image, owner)
+
+    async def withdraw(self, image: Image, owner: Owner) -> None:
+        """Take the request back."""
+        await self._calls.withdraw(image)
+
+    async def requested(self, held: Iterable[int]) -> set[int]:
+        """Those of the inodes `held` that another host asks for."""
+        return await self._calls.requested(held)
+
+    def _epoch_passed(self, epoch: Epoch) -> None:
+        """After a pass over the lockspace: must leases be confirmed? Has anybody called us?"""
+        self._proof.passed(epoch)
+        self._calls.passed(epoch)
+
+    # Removing leases of images that are gone
 
     async def force(self, image: Image) -> None:
         """Mark the lease free, whoever has it; see Backend.force."""
@@ -537,101 +519,6 @@ class PaxosBackend(Backend):
         finally:
             with trio.CancelScope(shield=True):
                 await place.close()
-
-    def _holders(self) -> Holders:
-        return Holders(self._membership.epoch, self._records, self._in_thread)
-
-    async def known_paths(self) -> list[bytes]:
-        """Paths from the owner records of all hosts."""
-        return await self._in_thread(self._records.paths)
-
-    async def peers(self) -> list[Peer]:
-        """The hosts of the lockspace; see Backend.peers."""
-        epoch = self._membership.epoch
-        if epoch is None:
-            raise BackendError(f"The lockspace is not joined: {self._membership.trouble or 'not yet'}")
-        own = epoch.lockspace.host_id
-        counts = await self._count_leases(epoch)
-        return [
-            Peer(
-                host_id=host.host_id,
-                name=host_of(host.name),
-                generation=host.generation,
-                state=host.state.value,
-                silent_s=host.silent_s,
-                io_timeout=host.io_timeout,
-                leases=counts[host.host_id] if counts is not None else None,
-                own=host.host_id == own,
-            )
-            for host in epoch.lockspace.hosts()
-        ]
-
-    async def _count_leases(self, epoch: Epoch) -> Counter[int] | None:
-        """How many leases each host holds; None if they are too many to be read in COUNT_S."""
-        counts: Counter[int] = Counter()
-        with trio.move_on_after(COUNT_S):
-            for inode in await self._opened().listing():
-                place = await self._opened().find(Image(inode, b"", -1))
-                if place is None:
-                    continue
-                try:
-                    found = await ownership(place.area, epoch.lockspace.name, place.name)
-                except RecordError:  # removed meanwhile, or damaged: `lockfsctl dump` tells
-                    continue
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await place.close()
-                now = self._clock.now()
-                for host_id, generation in found.hosts:
-                    if epoch.lockspace.watch.may_be_alive(host_id, generation, now):
-                        counts[host_id] += 1
-            return counts
-        return None
-
-    # Requests
-
-    async def request(self, image: Image, owner: Owner) -> None:
-        """Ask lockfs hosts for the image through the store. A sanlock daemon is not asked: it would answer
-        by ending the process that holds the lease."""
-        await self._in_thread(self._requests.send, image.inode, owner, trio.current_time())
-
-    async def withdraw(self, image: Image, owner: Owner) -> None:
-        """Take the request back."""
-        await self._in_thread(self._requests.withdraw, image.inode)
-
-    async def requested(self, held: Iterable[int]) -> set[int]:
-        """Those of the inodes `held` that another lockfs host, or a sanlock host's request record, asks
-        for.
-        """
-        inodes = frozenset(held)
-        asked = await self._in_thread(self._requests.asked_for, inodes, trio.current_time())
-        return asked | (self._called & inodes)
-
-    def _epoch_passed(self, epoch: Epoch) -> None:
-        """After a pass over the lockspace: must leases be confirmed? Has anybody called us?"""
-        self._proof.passed(epoch)
-        if epoch.lockspace.watch.take_callers():
-            self._look_at_calls.set()
-
-    async def _answer_calls(self) -> None:
-        """Look at the request records of the leases held, whenever another host called for that."""
-        while True:
-            await self._look_at_calls.wait()
-            self._look_at_calls = trio.Event()
-            for inode, lease in list(self._leases.items()):
-                leader = lease.resource.leader
-                if leader is None or lease.state is not LeaseState.HELD:
-                    continue
-                try:
-                    request = await paxos_requests.read_request(lease.resource.area)
-                except BackendError as error:
-                    _log.warning("a request for %s could not be read: %s", lease.image.name, error)
-                    continue
-                if paxos_requests.concerns(request, leader.lver) and self._leases.get(inode) is lease:
-                    _log.info("%s: a host of the lockspace asks for it", lease.image.name)
-                    self._called.add(inode)
-
-    # Removing leases of images that are gone
 
     async def collect(self, gone: Callable[[int], bool], deadline: float) -> tuple[list[int], bool]:
         """Remove leases of images that are gone; see Backend.collect.
