@@ -107,7 +107,7 @@ class Buffers:
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         start = -address % HUGE_PAGE + PAGE
-        with contextlib.suppress(OSError):  # an older kernel sends nothing again anyway
+        with contextlib.suppress(OSError):  # before Linux 5.14, and without memory, it comes page by page
             self._memory.madvise(_MADV_POPULATE_WRITE, start - PAGE, MAX_WRITE + 2 * PAGE)
         whole = memoryview(self._memory)
         self.data = whole[start : start + MAX_WRITE + PAGE]

@@ -13,7 +13,7 @@ import signal
 from lockfs.errors import LockfsError
 from lockfs.guardian.words import KILL_LIMIT_S
 from lockfs.journal.memory import SharedMemory
-from lockfs.linux import cloning
+from lockfs.linux import cloning, dying
 
 PLACES = ("guardian", "twin", "worker", "spare")
 PASSES_MAX = 64
@@ -47,40 +47,47 @@ def end_family(memory: SharedMemory, number: int) -> None:
 
 
 def _end(pid: int, number: int, journal: os.stat_result, placed: bool) -> bool:
-    """Kill a process if it is of the family, and see it dead; whether it was alive."""
-    # It has ended, or is of another user.
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+    """Kill a process if it is of the family, and see it dead; whether it was alive.
+
+    Raises:
+        StillAlive: it is of the family, and cannot be killed or does not end.
+    """
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
         if not _is_of(pid, number, journal, placed):
             return False
         pidfd = os.pidfd_open(pid)
         try:
             # Only now does the pid stand for the process that is looked at.
-            if cloning.await_death(pidfd, 0.0) or not _is_of(pid, number, journal, placed):
+            if cloning.is_dead(pidfd) or not _is_of(pid, number, journal, placed):
                 return False
             cloning.send(pidfd, signal.SIGKILL)
-            if not cloning.await_death(pidfd, KILL_LIMIT_S):
-                raise StillAlive(f"Process {pid} of this mount cannot be ended.")
-            return True
+            if cloning.await_death(pidfd, KILL_LIMIT_S):
+                return True
+        except PermissionError:
+            pass  # told as one that does not end: what may not be killed is served by somebody else
         finally:
             os.close(pidfd)
+        raise StillAlive(f"Process {pid} of this mount cannot be ended.")
     return False
 
 
 def _is_of(pid: int, number: int, journal: os.stat_result, placed: bool) -> bool:
     """Whether a process has the journal open and is a lockfs: the service manager's store has the journal
-    too, under whatever number. One that is dying shows no descriptors, but may still write: the worker, which
-    has a place for as long as that counts.
+    too, under whatever number. Only the first guardian is without the name, until the mount is served; it has
+    a place.
+
+    One that is dying shows no descriptors, but may still write: the worker, which has a place for as long as
+    that counts.
     """
-    if not _is_lockfs(pid, placed):
+    if not (placed or _is_lockfs(pid)):
         return False
     try:
         status = os.stat(f"/proc/{pid}/fd/{number}")
-    except FileNotFoundError:
-        return placed and _is_lockfs(pid, False)
+    except (FileNotFoundError, PermissionError):  # or it is another user's
+        return placed and _is_lockfs(pid) and dying.is_done(f"/proc/{pid}/task/{pid}")
     return (status.st_dev, status.st_ino) == (journal.st_dev, journal.st_ino)
 
 
-def _is_lockfs(pid: int, placed: bool) -> bool:
-    """By its name. Only the first guardian is without one, until the mount is served; it has a place."""
+def _is_lockfs(pid: int) -> bool:
     with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
-        return placed or name.read().startswith("lockfs")
+        return name.read().startswith("lockfs")

@@ -14,6 +14,7 @@ import trio
 
 from lockfs.records import sectors
 from lockfs.records.geometry import GEOMETRIES, Geometry
+from tests.failover import servers
 from tests.support import sanlock
 from tests.support.sanlock import LeaseFile, SanlockDaemon
 from tests.support.sanlock_client import (
@@ -288,13 +289,6 @@ async def test_crash_and_restart(directory: Path) -> None:
     assert left.timestamp == 0  # stopping left the lockspace
 
 
-def _runs(process: Path) -> bool:
-    try:
-        return (process / "stat").read_text().split()[2] not in "ZX"
-    except OSError:
-        return False
-
-
 async def test_a_daemon_that_does_not_start(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,9 +301,9 @@ async def test_a_daemon_that_does_not_start(
     with pytest.raises(AssertionError, match="broken_daemon left processes"):
         async with SanlockDaemon(directory, "broken_daemon"):
             pass
-    stray = Path("/proc", (directory / "broken_daemon.log").read_text().split()[0])
+    stray = int((directory / "broken_daemon.log").read_text().split()[0])
     with trio.fail_after(EVENTUALLY_S):
-        while _runs(stray):  # it was sent a SIGKILL just now
+        while servers.alive(stray):  # it was sent a SIGKILL just now
             await trio.sleep(sanlock.POLL_S)
 
 
