@@ -80,6 +80,11 @@ class Stub:
         until(lambda: self.is_mounted() or process.poll() is not None, "mounted")
         return process
 
+    def logs(self, *words: str) -> None:
+        """Return once the log has the words; a thread of its own writes it, a little after what it tells."""
+        for each in words:
+            until(lambda each=each: each in self.log.read_text(), f"{each!r} is in the log")
+
     def is_mounted(self) -> bool:
         """Whether the mount table has a lockfs there."""
         mount = table.at(str(self.point), table.read())

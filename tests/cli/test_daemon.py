@@ -35,7 +35,7 @@ def test_returns_when_ready(stub: Stub) -> None:
         assert os.getsid(server) == server
         assert os.readlink(f"/proc/{server}/cwd") == "/"
         assert {os.readlink(f"/proc/{server}/fd/{number}") for number in (0, 1, 2)} == {"/dev/null"}
-    assert "is mounted on" in stub.log.read_text()
+    stub.logs("is mounted on")
 
 
 def test_ends_with_the_mount(stub: Stub) -> None:
@@ -43,7 +43,7 @@ def test_ends_with_the_mount(stub: Stub) -> None:
     assert stub.run().returncode == 0
     subprocess.run(["umount", stub.point], check=True)
     until(lambda: not stub.servers(), "the server ended")
-    assert "is unmounted" in stub.log.read_text()
+    stub.logs("is unmounted")
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_start_deadline(stub: Stub) -> None:
 def test_defect_is_survived(stub: Stub) -> None:
     """An unexpected exception ends the process that serves, is in the log in full, and the next serves."""
     process = stub.start(how="defect")
-    until(lambda: "takes over (turn 3)" in stub.log.read_text(), "a third worker")
-    assert "ZeroDivisionError: a defect" in stub.log.read_text()
-    assert "ended with code 2" in stub.log.read_text()
+    stub.logs("takes over (turn 3)")
+    stub.logs("ZeroDivisionError: a defect")
+    stub.logs("ended with code 2")
     assert process.poll() is None
     assert stub.is_mounted()
 
@@ -87,8 +87,8 @@ def test_hopeless_defect_is_loud(stub: Stub) -> None:
     done = stub.run(how="hopeless")
     assert done.returncode in (0, EXIT_MOUNT)  # it may break before the mount was asked
     until(lambda: not stub.servers(), "the server ended")
-    assert "ZeroDivisionError: a defect" in stub.log.read_text()
-    assert "cannot be served any more: The stub was told to give up." in stub.log.read_text()
+    stub.logs("ZeroDivisionError: a defect")
+    stub.logs("cannot be served any more: The stub was told to give up.")
     assert stub.is_mounted()
     with pytest.raises(OSError, match="not connected"):
         os.statvfs(stub.point)
@@ -109,7 +109,7 @@ def test_foreground_exit_codes(stub: Stub, how: str) -> None:
 def test_signals_unmount(stub: Stub, number: signal.Signals) -> None:
     """SIGTERM and Ctrl-C unmount and end the server well."""
     process = stub.start()
-    until(lambda: "is mounted" in stub.log.read_text(), "ready")
+    stub.logs("is mounted")
     process.send_signal(number)
     assert process.wait(DEADLINE_S) == 0
     assert not stub.is_mounted()
@@ -118,12 +118,11 @@ def test_signals_unmount(stub: Stub, number: signal.Signals) -> None:
 def test_signal_while_busy(stub: Stub) -> None:
     """A mount in use stays, and the log names who uses it."""
     process = stub.start()
-    until(lambda: "is mounted" in stub.log.read_text(), "ready")
+    stub.logs("is mounted")
     descriptor = os.open(stub.point, os.O_PATH)
     try:
         process.send_signal(signal.SIGTERM)
-        until(lambda: "stays mounted" in stub.log.read_text(), "the log says so")
-        assert f"(pid {os.getpid()})" in stub.log.read_text()
+        stub.logs("stays mounted", f"(pid {os.getpid()})")
         assert process.poll() is None
         assert os.statvfs(stub.point).f_blocks == 100
     finally:

@@ -33,7 +33,7 @@ def test_killed_worker(stub: Stub, background: bool) -> None:
         answers(stub)
         until(lambda worker=worker: stub.named("lockfs-worker") != worker, "another worker")
         text = f"was killed by SIGKILL: process {stub.named('lockfs-worker')} takes over (turn {turn})"
-        until(lambda text=text: text in stub.log.read_text(), "it is in the log")
+        stub.logs(text)
     calls.umount(str(stub.point))
     until(lambda: not stub.servers(), "everybody has ended")
 
@@ -48,7 +48,7 @@ def test_killed_guardian(stub: Stub) -> None:
     os.kill(twin, signal.SIGTERM)
     until(lambda: not stub.is_mounted(), "unmounted")
     until(lambda: not stub.servers(), "everybody has ended")
-    assert "is unmounted" in stub.log.read_text()
+    stub.logs("is unmounted")
 
 
 def test_killed_guardian_and_worker(stub: Stub) -> None:
@@ -73,7 +73,7 @@ def test_upgrade(stub: Stub, background: bool) -> None:
         stub.start()
     guardian, worker = stub.named("lockfs"), stub.named("lockfs-worker")
     os.kill(guardian, signal.SIGHUP)
-    until(lambda: "was replaced by a new version" in stub.log.read_text(), "the new program says so")
+    stub.logs("was replaced by a new version")
     answers(stub)
     until(lambda: len(stub.servers()) == 4 and worker not in stub.servers(), "all are there")
     assert stub.named("lockfs") == guardian

@@ -74,7 +74,7 @@ def test_second_host_is_refused_by_name(hosts: TwoMounts, image: str) -> None:
     """While one host writes, the other is refused; log, lockfsctl and xattrs name host, program and pid."""
     with open(hosts.a.path / image, "r+b"):
         assert refused(hosts.b.path / image)
-        assert f"(pid {os.getpid()}) on hostA" in hosts.b.log()
+        hosts.b.logs(f"(pid {os.getpid()}) on hostA")
         who = json.loads(ctl("who", "--json", str(hosts.b.path / image)).stdout)
         assert str(os.getpid()) in json.dumps(who) and "hostA" in json.dumps(who)
         assert b"hostA" in os.getxattr(hosts.b.path / image, "user.lockfs.host")

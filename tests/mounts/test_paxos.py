@@ -58,7 +58,7 @@ def wait_for(condition: Callable[[], object], what: str, within: float = PATIENC
 
 def logged(mount: Mount, words: str, times: int = 1, within: float = PATIENCE_S) -> None:
     """Return once the mount has logged the words so often; its log is written behind what it does."""
-    wait_for(lambda: mount.log().count(words) >= times, f"{words!r} in the log of {mount.path}", within)
+    mount.logs(words, times=times, within=within)
 
 
 def ask(mount: Mount, operation: str) -> control.Message:

@@ -174,10 +174,12 @@ def test_fcntl_keeps_its_writers(store: Path, tmp_path: Path, clients: contextli
         reader = client(clients, dead.path / "disk", "O_RDONLY")
         kill_all_of(dead)
         with mounted_anew(dead, "host=hostA,wait=0.2") as anew, clients:
-            log = anew.log()
-            assert f"{dead.path} has a lockfs of {store} whose processes are all gone" in log
-            assert "2 programs have images of it open: " in log and f"(pid {writer.process.pid})" in log
-            assert "with the locks that the kernel keeps until they close them" in log
+            anew.logs(
+                f"{dead.path} has a lockfs of {store} whose processes are all gone",
+                "2 programs have images of it open: ",
+                f"(pid {writer.process.pid})",
+                "with the locks that the kernel keeps until they close them",
+            )
             assert writer.does("after") == "done"
             assert reader.does("read") == "done"
             assert refused(anew.path / "disk") and refused(other.path / "disk")
@@ -205,7 +207,7 @@ def test_fcntl_keeps_a_guest(store: Path, tmp_path: Path, clients: contextlib.Ex
     kill_all_of(dead)
     machine.wait_written(10)
     with mounted_anew(dead, "host=hostA,wait=0.2") as anew, clients:
-        assert f"qemu-system-x86_64 (pid {machine.pid})" in anew.log()
+        anew.logs(f"qemu-system-x86_64 (pid {machine.pid})")
         machine.wait_written(10)
         assert refused(anew.path / "vm.raw")
         acknowledged = machine.halt()
@@ -221,7 +223,7 @@ def test_other_names_are_not_trusted(store: Path, tmp_path: Path, clients: conte
     kill_all_of(dead)
     with mounted_anew(dead, "host=hostA") as anew, clients:
         assert writer.ended() == -signal.SIGKILL
-        assert "was ended (SIGKILL), because its options are not known" in anew.log()
+        anew.logs("was ended (SIGKILL), because its options are not known")
 
 
 # --- leases that nobody renews, and none at all
@@ -242,9 +244,10 @@ def test_nop_ends_its_writers(store: Path, tmp_path: Path, clients: contextlib.E
     with mounted_anew(dead, "backend=nop") as anew, clients:
         assert writer.ended() == -signal.SIGKILL
         assert reader.does("read") == "done"
-        log = anew.log()
-        assert f"(pid {writer.process.pid}) could write on past lockfs and was ended (SIGKILL)" in log
-        assert f"(pid {reader.process.pid}) of {dead.path} can only read" in log
+        anew.logs(
+            f"(pid {writer.process.pid}) could write on past lockfs and was ended (SIGKILL)",
+            f"(pid {reader.process.pid}) of {dead.path} can only read",
+        )
         opens_soon(anew.path / "disk")
 
 
@@ -269,7 +272,7 @@ def test_paxos_passthrough_ends_its_writers(
     assert writer.does("still") == "done"
     with mounted_anew(dead, options) as anew, clients:
         assert writer.ended() == -signal.SIGKILL
-        assert "because nobody renews the leases" in anew.log()
+        anew.logs("because nobody renews the leases")
         taken_over(anew.path / "disk")
 
 

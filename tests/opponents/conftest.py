@@ -32,11 +32,11 @@ class Pair:
     b: Path
     running: mounts.TwoMounts | None = None
 
-    def log(self, mount: Path) -> str:
-        """What the lockfs behind `mount` has logged so far."""
+    def log(self, mount: Path, *words: str) -> str:
+        """What the lockfs behind `mount` has logged, once that has the words; fail if it does not."""
         if self.running is None:
             return ""
-        return (self.running.a if mount == self.a else self.running.b).log()
+        return (self.running.a if mount == self.a else self.running.b).logs(*words)
 
 
 class Hosts:

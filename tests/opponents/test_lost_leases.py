@@ -136,7 +136,7 @@ def test_lost_and_taken(rig: Rig, ships: qemu.Fleet, own: qemu.Build) -> None:
             assert (rig.base / "store" / "disk").read_bytes() == was, "the guest wrote"
             if "somebody else has had it" in a.log():
                 break
-        assert "somebody else has had it" in a.log()
+        a.logs("somebody else has had it")
         machine.command("cont")
         paused_for(machine)
         assert (rig.base / "store" / "disk").read_bytes() == was

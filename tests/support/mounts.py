@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 20.0
+LOG_DEADLINE_S = 20.0
 POLL_S = 0.01
 FAMILY = {"lockfs", "lockfs-twin", "lockfs-worker", "lockfs-spare"}
 """What the processes of a mount are called: guardian, twin, worker, spare."""
@@ -30,12 +32,9 @@ def why_not_mount() -> str | None:
     return None
 
 
-def _runs(pid: int) -> bool:
-    """Whether a process is there, zombies not counted."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
+def _is_dead(pidfd: int) -> bool:
+    """Whether all threads of a process are dead, the first alone is not enough: they keep its files open."""
+    return bool(select.select([pidfd], [], [], 0)[0])
 
 
 needs_mount = pytest.mark.skipif(why_not_mount() is not None, reason=why_not_mount() or "")
@@ -52,8 +51,17 @@ class Mount:
     expected: list[str] = field(default_factory=list)
 
     def log(self) -> str:
-        """What the server wrote so far."""
+        """What the server wrote so far; a thread of its own writes it, a little after what it tells."""
         return self.log_file.read_text(errors="replace")
+
+    def logs(self, *words: str, times: int = 1, within: float = LOG_DEADLINE_S) -> str:
+        """The log, once it has each of the words so often; fail if it does not come to that."""
+        end = time.monotonic() + within
+        while missing := [each for each in words if self.log().count(each) < times]:
+            if time.monotonic() > end:
+                pytest.fail(f"not logged within {within:.0f} s: {missing}\n{self.log()}")
+            time.sleep(POLL_S)
+        return self.log()
 
     def family(self) -> dict[str, int]:
         """The processes of this mount by their names: those of FAMILY, and "python" before they have one.
@@ -73,16 +81,20 @@ class Mount:
     def kill(self, *names: str) -> None:
         """End processes of the mount as a crash does, by their names, all at once; without names, all."""
         family = self.family()
-        pids = [family[name] for name in names or family]
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in pids:
-                os.kill(pid, number)
-        if self.process.pid in pids:
-            self.process.wait()
-        end = time.monotonic() + STOP_DEADLINE_S
-        while any(_runs(pid) for pid in pids):
-            assert time.monotonic() < end, f"{pids} survived a SIGKILL"
-            time.sleep(POLL_S)
+        members = {pid: os.pidfd_open(pid) for pid in (family[name] for name in names or family)}
+        try:
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for member in members.values():
+                    signal.pidfd_send_signal(member, number)
+            if self.process.pid in members:
+                self.process.wait()
+            end = time.monotonic() + STOP_DEADLINE_S
+            while not all(_is_dead(member) for member in members.values()):
+                assert time.monotonic() < end, f"{list(members)} survived a SIGKILL"
+                time.sleep(POLL_S)
+        finally:
+            for member in members.values():
+                os.close(member)
 
     def descriptors(self) -> int:
         """How many descriptors the server has open."""
