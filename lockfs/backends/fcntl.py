@@ -17,10 +17,7 @@ import logging
 import os
 import re
 import secrets
-import threading
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import trio
@@ -40,6 +37,7 @@ from lockfs.backends.base import (
     Owner,
 )
 from lockfs.backends.fcntl_options import FcntlOptions
+from lockfs.backends.file_lease import FcntlLease, Looks, probe_all
 from lockfs.backends.former_locks import FormerLocks
 from lockfs.backends.owners import OwnerRecords
 from lockfs.backends.remembered import Ledger, Stage
@@ -49,44 +47,17 @@ from lockfs.backends.storecheck import check_store
 from lockfs.backends.virtlockd import LockDirectory, LockFile
 from lockfs.errors import BackendError, ImageBusy, SetupError
 from lockfs.linux import calls
+from lockfs.storage.clock import BootClock, hardware_clock
 
 LOCK_THREADS = 16
 PROBE_S = 5.0
-"""From one look at whether the storage still knows the locks to the next, seconds."""
-CHECKED_S = 15.0
-"""For how long a look counts, seconds: after that writes wait for the next one, where locks are a server's.
-Much less than the time for which servers remember a silent client (NFS 4.2: 90 s, or what it is set to).
-"""
+"""From one look at whether this kernel still knows the locks to the next, seconds."""
 PATIENCE_S = 600.0
 """How long such a write waits, seconds: a server that is away makes everybody wait anyway."""
 _HOST_CHARS_MAX = 64
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class FcntlLease(Lease):
-    """A lease held by locks on its image's descriptor and, in indirect mode, on a lock file.
-
-    `device` is the image's st_dev. `mutex` is held by threads that change or probe the locks; `ended` is set
-    under it when they are given up. `checked`: when, by the boot clock, it was known for the last time that
-    the storage knows the locks; None where that is this kernel's own affair.
-    """
-
-    device: int = 0
-    checked: float | None = None
-    lock_file: LockFile | None = None
-    mutex: threading.Lock = field(default_factory=threading.Lock)
-    ended: bool = False
-
-    def in_time(self) -> bool:
-        """Whether the locks were seen lately; see Lease.in_time. A machine that was frozen has not looked."""
-        return self.checked is None or _boot_time() - self.checked < CHECKED_S
-
-
-def _boot_time() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class _LeaseBroken(BackendError):
@@ -104,12 +75,19 @@ class FcntlBackend(Backend):
     patience = PATIENCE_S
 
     def __init__(
-        self, options: FcntlOptions, store_fd: int, host: str, *, instance: bytes | None = None
+        self,
+        options: FcntlOptions,
+        store_fd: int,
+        host: str,
+        *,
+        instance: bytes | None = None,
+        looks: Looks | None = None,
     ) -> None:
         """`store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`.
 
         `instance` names this mount's files in the store's state directory; it must differ from that of every
-        other mount of the store. The default is the host's name and a random number.
+        other mount of the store. The default is the host's name and a random number. `looks`: how long it
+        counts that a server has shown the locks; as the store's server has it by default.
         """
         if instance is None:
             safe = re.sub(r"[^A-Za-z0-9-]", "_", host)[:_HOST_CHARS_MAX]
@@ -120,6 +98,9 @@ class FcntlBackend(Backend):
         self._store_fd = store_fd
         self._host = host
         self._local = calls.in_memory(store_fd)
+        if looks is None and not self._local:
+            looks = Looks.at_store(store_fd, BootClock(), hardware_clock())
+        self._looks = looks
         self._name_files(instance)
         self._ledger = Ledger(Forgetful())
         self._succeeds = False
@@ -163,12 +144,12 @@ class FcntlBackend(Backend):
         task_status.started()
         limiter = trio.CapacityLimiter(1)  # a storage that hangs must not take the threads of the others
         while True:
-            await trio.sleep(PROBE_S)
+            await trio.sleep(self._looks.every_s if self._looks is not None else PROBE_S)
             held = [lease for lease in self._leases.values() if lease.state is LeaseState.HELD]
             if not held:
                 continue
             for lease, reason in await trio.to_thread.run_sync(
-                _probe_all, held, limiter=limiter, abandon_on_cancel=True
+                probe_all, held, limiter=limiter, abandon_on_cancel=True
             ):
                 if lease.state is LeaseState.HELD and self._leases.get(lease.image.inode) is lease:
                     _log.error("%s: the storage has dropped its locks: %s", lease.image.name, reason)
@@ -313,7 +294,7 @@ class FcntlBackend(Backend):
         if found is None:
             return None
         lease = FcntlLease(
-            image, found.mode, owner, device=found.device, checked=self._now(), lock_file=found.lock_file
+            image, found.mode, owner, device=found.device, looks=self._looks, lock_file=found.lock_file
         )
         self._note(lease, Stage.HELD)
         self._leases[image.inode] = lease
@@ -336,10 +317,6 @@ class FcntlBackend(Backend):
             facts["fd"] = [file.descriptor]
         self._ledger.note(image.inode, stage, lease.mode, **facts)
 
-    def _now(self) -> float | None:
-        """When the locks that are about to be taken were known, should they be had."""
-        return None if self._local else _boot_time()
-
     async def _in_thread(self, work: Callable[..., _T], *arguments: object) -> _T:
         return await trio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
 
@@ -356,7 +333,7 @@ class FcntlBackend(Backend):
         """A lease whose locks are had, but which nobody was told of; None if somebody is in the way."""
         _check_descriptor(image, mode)
         device = os.fstat(image.descriptor).st_dev
-        lease = FcntlLease(image, mode, owner, device=device, checked=self._now())
+        lease = FcntlLease(image, mode, owner, device=device, looks=self._looks)
         self._note(lease, Stage.TAKING)
         taken = False
         try:
@@ -467,27 +444,6 @@ class FcntlBackend(Backend):
             return [*found, sightings.on_lock_byte(conflict, self._host)] if conflict else found
         except OSError as error:
             raise _failed(image, "asked for locks", error) from error
-
-
-def _probe_all(leases: list[FcntlLease]) -> list[tuple[FcntlLease, str]]:
-    """Those of the leases whose locks are lost, with the reason; worker thread."""
-    lost = []
-    for lease in leases:
-        with lease.mutex:
-            if lease.ended:
-                continue
-            now = _boot_time()
-            try:
-                if not image_locks.still_ours(lease.image.descriptor, lease.mode):
-                    lost.append((lease, "somebody else has locked the image"))
-                elif lease.checked is not None:
-                    lease.checked = now
-            except OSError as error:
-                if error.errno in image_locks.LOST:
-                    lost.append((lease, error.strerror or str(error)))
-                else:
-                    _log.warning("%s: its locks cannot be checked: %s", lease.image.name, error.strerror)
-    return lost
 
 
 def _ours(lease: Lease) -> FcntlLease:

@@ -8,7 +8,7 @@ the storage at `renewed_at` + 8 io_timeout + watchdog. `standing` says where in 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lockfs.paxos.area import Area
@@ -68,10 +68,10 @@ class Lockspace:
         clock: Clock,
         timing: Timing,
         looks_first: Callable[[bytes], bool] | None = None,
-        wall: WallClock | None = None,
+        walls: Sequence[WallClock] = (),
     ) -> None:
         """`looks_first` tells of a host's name whether it looks at the storage before it counts a sharer as
-        dead, as lockfs does; the sanlock daemon goes by its last pass. None: all hosts do. `wall`: see Pace.
+        dead, as lockfs does; the sanlock daemon goes by its last pass. None: all hosts do. `walls`: see Pace.
         """
         self.area = area
         self.name = name
@@ -80,7 +80,7 @@ class Lockspace:
         self.clock = clock
         self.timing = timing
         self.watch = Watch(name, host_id, timing, area.shape)
-        self.pace = Pace(timing, clock, wall)
+        self.pace = Pace(timing, clock, walls)
         self.renewed_at = 0.0
         self.event = _HOST_EVENT_NONE
         self._sector = sectors.delta_sector(host_id)

@@ -1,8 +1,9 @@
 """Whether this host's clock has kept pace with time, as far as anything shows it.
 
 A machine that its hypervisor stops together with all its clocks does not know that time passed: its lease
-looks good while other hosts have counted it as dead and taken what it held. Two things show it afterwards:
-the real-time clock, if somebody sets it right, and the renewals of other hosts, whose own clocks went on.
+looks good while other hosts have counted it as dead and taken what it held. Three things show it afterwards:
+the hardware's clock, at once, if the machine has one that its hypervisor lets run on; the real-time clock, if
+somebody sets it right; and the renewals of other hosts, whose own clocks went on.
 
 A suspicion proves nothing, and may be raised for nothing: nothing is to be written under a lease taken before
 it until the storage has confirmed that lease (Resource.confirm). Where little can be said, for hosts come or
@@ -11,7 +12,7 @@ go or renewals failed for long, the leases are to be looked at (Resource.is_ther
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lockfs.paxos.seams import Clock, WallClock
@@ -47,15 +48,15 @@ class _Track:
 class Pace:
     """The suspicions against this host's clock. `suspicions` counts them, `why` tells of the last one."""
 
-    def __init__(self, timing: Timing, clock: Clock, wall: WallClock | None) -> None:
-        """Without a `wall`, other hosts alone are compared with."""
+    def __init__(self, timing: Timing, clock: Clock, walls: Sequence[WallClock] = ()) -> None:
+        """Without `walls`, other hosts alone are compared with."""
         self.suspicions = 0
         self.why = ""
         self._timing = timing
         self._clock = clock
-        self._wall = wall
+        self._walls = tuple(walls)
         self._margin = timing.watchdog / WATCHDOG_PART
-        self._offset = self._offset_now()
+        self._offsets = self._offsets_now()
         self._renewed = 0
         self._pass_began: float | None = None
         self._tracks: dict[int, _Track] = {}
@@ -74,41 +75,49 @@ class Pace:
         """Whether a renewal has landed since the last suspicion: others see from then on that we live."""
         return self._renewed == self.suspicions
 
-    # The real-time clock
+    # The clocks of the real time
 
     def is_kept(self) -> bool:
         """Whether real time is where it should be since the last renewal; asked from any thread, for every
         write.
         """
-        return self._leap() <= self._margin
+        return not any(self._leaps(self._offsets_now()))
 
-    def look_at_wall(self) -> None:
-        """Raise a suspicion if the real-time clock went further than ours; it is taken as right then."""
-        leap = self._leap()
-        if leap > self._margin:
-            self.suspect(f"the real-time clock went {leap:.0f} s further than this host's own")
-            self._offset += leap
+    def look_at_walls(self) -> None:
+        """Raise a suspicion if a clock of the real time went further than ours; it is taken as right then."""
+        now = self._offsets_now()
+        leaps = self._leaps(now)
+        if any(leaps):
+            self.suspect(f"the real-time clock went {max(leaps):.0f} s further than this host's own")
+            self._offsets = [
+                new if leap else old for new, leap, old in zip(now, leaps, self._offsets, strict=True)
+            ]
 
-    def _leap(self) -> float:
-        return self._offset_now() - self._offset
+    def _leaps(self, offsets: list[float]) -> list[float]:
+        """By how much each clock went further than ours, 0 where that is no more than it may."""
+        leaps = [new - old for new, old in zip(offsets, self._offsets, strict=True)]
+        return [
+            leap if leap > self._margin + wall.late else 0.0
+            for leap, wall in zip(leaps, self._walls, strict=True)
+        ]
 
-    def _offset_now(self) -> float:
+    def _offsets_now(self) -> list[float]:
         # In this order: what comes between the two readings makes real time look late, which harms nobody.
-        return self._wall.now() - self._clock.now() if self._wall is not None else 0.0
+        return [wall.now() - self._clock.now() for wall in self._walls]
 
     # Renewals
 
-    def renewing(self) -> tuple[int, float]:
+    def renewing(self) -> tuple[int, list[float]]:
         """What is true just before a renewal is written, for `landed`."""
-        self.look_at_wall()
-        return self.suspicions, self._offset_now()
+        self.look_at_walls()
+        return self.suspicions, self._offsets_now()
 
-    def landed(self, before: tuple[int, float], age: float) -> None:
+    def landed(self, before: tuple[int, list[float]], age: float) -> None:
         """The renewal has landed, and others can tell it from the one before, `age` seconds ago.
 
         A standstill too short for others' pace to show it is enough on top of renewals that failed for long.
         """
-        self._renewed, self._offset = before
+        self._renewed, self._offsets = before
         if age >= self._timing.late:
             self._want_looks(self._clock.now())
 

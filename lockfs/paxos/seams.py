@@ -124,5 +124,11 @@ class Clock(Protocol):
 class WallClock(Protocol):
     """The real time, as far as this host knows it. Compared with `Clock` alone, never with another host's."""
 
+    late: float
+    """By how much less than that it may show, seconds: the length of its steps."""
+
     def now(self) -> float:
-        """Seconds since the epoch; may be set, forward and back. CLOCK_REALTIME in production; any thread."""
+        """Seconds since the epoch; may be set, forward and back. Any thread.
+
+        In production CLOCK_REALTIME, and the clock that a battery keeps going.
+        """

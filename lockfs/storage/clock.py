@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import trio
 
 from lockfs.paxos.seams import Clock, WallClock
+
+RTC_READ_AGAIN_S = 0.01
+"""For how long a reading of the hardware's clock counts: writes ask for it, and it takes some 0.1 ms."""
+RTC_READ_MAX_S = 0.001
+"""A hardware clock that takes longer to read would hold up writes."""
+_RTC_READINGS = 3
+_RTC_BYTES_MAX = 32
+_RTCS = Path("/sys/class/rtc")
 
 
 class BootClock(Clock):
@@ -18,16 +28,81 @@ class BootClock(Clock):
 
     def now(self) -> float:
         """Seconds since the machine started, suspensions included."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
+        return boot_time()
 
     async def sleep(self, seconds: float) -> None:
         """Let `seconds` pass, none if negative; always a cancellation point."""
         await trio.sleep(max(seconds, 0.0))
 
 
+def boot_time() -> float:
+    """CLOCK_BOOTTIME."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class RealTimeClock(WallClock):
     """CLOCK_REALTIME."""
+
+    late = 0.0
 
     def now(self) -> float:
         """Seconds since the epoch, as the machine has been told."""
         return time.clock_gettime(time.CLOCK_REALTIME)
+
+
+class HardwareClock(WallClock):
+    """The clock that a battery keeps going, and a hypervisor while it has stopped a guest (rtc(4)).
+
+    By /sys/class/rtc/rtc*/since_epoch (Documentation/ABI/testing/sysfs-class-rtc), which unlike /dev/rtc*
+    any number of programs may have open. Its descriptor stays open for as long as the object is there.
+    """
+
+    late = 1.0 + RTC_READ_AGAIN_S
+
+    def __init__(self, descriptor: int) -> None:
+        """`descriptor` is of a since_epoch file, and the object's from now on. Raises OSError, ValueError."""
+        self._descriptor = descriptor
+        self._read = (boot_time(), self._seconds())
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def now(self) -> float:
+        """Seconds since the epoch. One that cannot be read any more goes as the boot clock does: no leap."""
+        now = boot_time()
+        then, seconds = self._read
+        if now - then < RTC_READ_AGAIN_S:
+            return seconds
+        try:
+            seconds = self._seconds()
+        except (OSError, ValueError):
+            return seconds + now - then
+        self._read = (now, seconds)
+        return seconds
+
+    def _seconds(self) -> float:
+        return float(int(os.pread(self._descriptor, _RTC_BYTES_MAX, 0)))
+
+
+def hardware_clock(where: Path = _RTCS) -> HardwareClock | None:
+    """The machine's first clock that can be read, and quickly; None if there is none."""
+    for file in sorted(where.glob("rtc*/since_epoch")):
+        try:
+            clock = HardwareClock(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+            if min(_reading_takes(clock) for _ in range(_RTC_READINGS)) <= RTC_READ_MAX_S:
+                return clock
+        except (OSError, ValueError):  # it has none, or was never set
+            continue
+    return None
+
+
+def _reading_takes(clock: HardwareClock) -> float:
+    began = time.perf_counter()
+    clock._seconds()
+    return time.perf_counter() - began
+
+
+def real_time_clocks() -> list[WallClock]:
+    """Whatever this machine has that shows how much time went by while it stood still."""
+    hardware = hardware_clock()
+    return [RealTimeClock(), *([hardware] if hardware is not None else [])]

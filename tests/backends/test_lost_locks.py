@@ -10,10 +10,12 @@ import pytest
 import trio
 import trio.testing
 
-from lockfs.backends import fcntl, image_locks
+from lockfs.backends import image_locks
 from lockfs.backends.base import LeaseState, Mode
 from lockfs.backends.fcntl import PROBE_S, FcntlOptions
+from lockfs.backends.file_lease import COUNTS_MAX_S, STOOD_S, Looks, probe_all
 from lockfs.linux import ofd
+from lockfs.paxos.seams import Clock, WallClock
 from tests.conftest import ExpectLog
 
 from .makers import FcntlMaker, StoreHost
@@ -90,7 +92,7 @@ async def test_a_lock_that_the_storage_says_is_lost(
             raise OSError(number, os.strerror(number))
 
         with monkeypatch.context() as patch:
-            patch.setattr(fcntl.image_locks, "still_ours", refuse)
+            patch.setattr(image_locks, "still_ours", refuse)
             await _probed(host, 2 * PROBE_S)
         assert lease.state is LeaseState.LOST and host.changes == [lease]
         await host.backend.release(lease)
@@ -112,7 +114,7 @@ async def test_a_storage_that_does_not_say_loses_nothing(
         def refuse(fd: int, mode: Mode) -> bool:
             raise OSError(errno.ETIMEDOUT, "timed out")
 
-        monkeypatch.setattr(fcntl.image_locks, "still_ours", refuse)
+        monkeypatch.setattr(image_locks, "still_ours", refuse)
         await _probed(host, 2 * PROBE_S)
         assert lease.state is LeaseState.HELD
         await host.backend.release(lease)
@@ -125,29 +127,82 @@ async def test_a_probe_never_locks_what_was_released(tmp_path: Path) -> None:
             host.image("a"), Mode.EXCLUSIVE, host.owner, trio.current_time() + 5
         )
         await host.backend.release(lease)
-        assert fcntl._probe_all([lease]) == []
+        assert probe_all([lease]) == []
         descriptor = os.open(tmp_path / "store" / "a", os.O_RDWR)
         assert ofd.conflict(descriptor, ofd.WRITE, 0, 0) is None
         os.close(descriptor)
 
 
+class _Time(Clock, WallClock):
+    """Two clocks that a test sets."""
+
+    late = 1.0
+
+    def __init__(self, now: float) -> None:
+        self.time = now
+
+    def now(self) -> float:
+        """The time."""
+        return self.time
+
+
 @pytest.mark.parametrize("local", [True, False])
-async def test_a_look_counts_for_a_while(
-    tmp_path: Path, clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, local: bool
-) -> None:
+async def test_a_look_counts_for_a_while(tmp_path: Path, clock: trio.testing.MockClock, local: bool) -> None:
     """Where locks are a server's, a host that has not looked lately (frozen, cut off) starts no write before
     it has; on a local file system nothing has to be looked at."""
-    now = [1000.0]
-    monkeypatch.setattr(fcntl, "_boot_time", lambda: now[0])
+    now = _Time(1000.0)
     async with FcntlMaker(tmp_path, [FcntlOptions()]).hosts(1) as (host,):
-        host.backend._local = local
+        host.backend._looks = None if local else Looks(now, None)
         lease = await host.backend.acquire(
             host.image("a"), Mode.EXCLUSIVE, host.owner, trio.current_time() + 5
         )
-        now[0] += fcntl.CHECKED_S - 1
+        now.time += COUNTS_MAX_S - 1
         assert lease.in_time()
-        now[0] += 2
+        now.time += 2
         assert lease.in_time() is local
         await _probed(host, 2 * PROBE_S)
+        assert lease.in_time()
+        await host.backend.release(lease)
+
+
+async def test_a_machine_that_stood_still_with_its_clocks(
+    tmp_path: Path, clock: trio.testing.MockClock
+) -> None:
+    """The hardware's clock went on, so it has not looked; it may show up to a step less than it was."""
+    boot, hardware = _Time(1000.0), _Time(5000.0)
+    async with FcntlMaker(tmp_path, [FcntlOptions()]).hosts(1) as (host,):
+        host.backend._looks = Looks(boot, hardware)
+        lease = await host.backend.acquire(
+            host.image("a"), Mode.EXCLUSIVE, host.owner, trio.current_time() + 5
+        )
+        hardware.time += STOOD_S + hardware.late
+        assert lease.in_time()
+        hardware.time += 0.1
+        assert not lease.in_time()
+        await _probed(host, 2 * PROBE_S)
+        assert lease.in_time()
+        hardware.time -= 100  # set back
+        assert lease.in_time()
+        await host.backend.release(lease)
+
+
+async def test_a_look_counts_for_less_where_the_server_is_quick(
+    tmp_path: Path, clock: trio.testing.MockClock
+) -> None:
+    """A server that drops a silent host's locks after 6 s: writes stop after 3, a look comes each second."""
+    now = _Time(1000.0)
+    looks = Looks(now, None, 6.0)
+    assert (looks.counts_s, looks.every_s) == (3.0, 1.0)
+    assert Looks(now, None, 90.0).counts_s == COUNTS_MAX_S
+    async with FcntlMaker(tmp_path, [FcntlOptions()]).hosts(1) as (host,):
+        host.backend._looks = looks
+        lease = await host.backend.acquire(
+            host.image("a"), Mode.EXCLUSIVE, host.owner, trio.current_time() + 5
+        )
+        now.time += 2.9
+        assert lease.in_time()
+        now.time += 0.1
+        assert not lease.in_time()
+        await _probed(host, 1.1)
         assert lease.in_time()
         await host.backend.release(lease)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, TypeVar
@@ -292,15 +292,17 @@ class HostDisk(Disk):
 
 
 class RealTime(WallClock):
-    """A real-time clock: the world's time, `ahead` of it by what it was set."""
+    """A real-time clock: the world's time, `ahead` of it by what it was set, and up to `late` behind."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, late: float = 0.0) -> None:
         self._world = world
         self.ahead = 1e9
+        self.late = late
 
     def now(self) -> float:
-        """The time."""
-        return self._world.now + self.ahead
+        """The time, in steps of `late`."""
+        now = self._world.now + self.ahead
+        return now - now % self.late if self.late else now
 
 
 class HostClock(Clock):
@@ -350,7 +352,7 @@ class Host:
     timing: Timing = FAST
     name: bytes = b""
     renewing: bool = field(init=False, default=False)
-    wall: WallClock | None = None
+    walls: Sequence[WallClock] = ()
 
     def __post_init__(self) -> None:
         self.disk = HostDisk(self.world, self.host_id)
@@ -358,7 +360,7 @@ class Host:
         self.name = self.name or b"host%d" % self.host_id
         area = Area(self.disk, 0, self.world.lockspace_shape, self.timing.io_timeout)
         self.lockspace = Lockspace(
-            area, SPACE, self.host_id, self.name, clock=self.clock, timing=self.timing, wall=self.wall
+            area, SPACE, self.host_id, self.name, clock=self.clock, timing=self.timing, walls=self.walls
         )
         self._halted = False
         self.world.hosts.append(self)

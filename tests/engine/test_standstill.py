@@ -164,7 +164,7 @@ def real_time() -> tuple[World, Host, RealTime, Resource]:
     """A host that knows the real time, and holds the lease."""
     world = World(first_hosts=8).make()
     wall = RealTime(world)
-    one = Host(world, 1, wall=wall).join()
+    one = Host(world, 1, walls=[wall]).join()
     mine = one.resource()
     run(mine.acquire())
     return world, one, wall, mine
@@ -177,13 +177,13 @@ def test_real_time_is_set_right() -> None:
     assert one.lockspace.in_time()
     wall.ahead += MARGIN_S + 0.1
     assert not one.lockspace.in_time()
-    one.lockspace.pace.look_at_wall()
+    one.lockspace.pace.look_at_walls()
     assert one.lockspace.in_time() and not mine.proven
     assert not one.lockspace.pace.renewed
     assert one.clock.now() < one.lockspace.renewal_due <= one.clock.now() + 1.0
     with pytest.raises(LockspaceFailed, match="not renewed since a suspicion: the real-time clock went 8 s"):
         run(mine.confirm())
-    one.lockspace.pace.look_at_wall()
+    one.lockspace.pace.look_at_walls()
     assert one.lockspace.pace.suspicions == 1
     run(one.lockspace.renew())
     assert not one.lockspace.pace.renewed, "in the same second: nobody sees it"
@@ -457,3 +457,24 @@ def test_hosts_with_slow_renewals() -> None:
     assert not one.lockspace.pace.suspicions
     stand_still(world, one)
     assert two.lockspace.in_time() and not mine.proven
+
+
+def test_a_clock_of_whole_seconds() -> None:
+    """What its steps may hide is no leap; more is one, though the other clock has not been set right."""
+    world = World(first_hosts=8).make()
+    walls = [RealTime(world), RealTime(world, late=1.0)]
+    one = Host(world, 1, walls=walls).join()
+    mine = one.resource()
+    run(mine.acquire())
+    one.crash()
+    walls[1].ahead += MARGIN_S
+    assert one.lockspace.in_time()
+    walls[1].ahead += 2.1
+    assert not one.lockspace.in_time()
+    one.lockspace.pace.look_at_walls()
+    assert one.lockspace.pace.suspicions == 1 and not mine.proven
+    one.lockspace.pace.look_at_walls()
+    assert one.lockspace.pace.suspicions == 1, "told once"
+    walls[0].ahead += MARGIN_S + 0.1
+    one.lockspace.pace.look_at_walls()
+    assert one.lockspace.pace.suspicions == 2, "the other's leap is one of its own"

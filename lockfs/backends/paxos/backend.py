@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from random import Random, SystemRandom
 from typing import TypeVar
 
@@ -51,7 +51,7 @@ from lockfs.paxos.resource import Hold, Resource
 from lockfs.paxos.seams import Clock, WallClock
 from lockfs.records.results import RecordError
 from lockfs.records.sectors import Leader
-from lockfs.storage.clock import BootClock, RealTimeClock
+from lockfs.storage.clock import BootClock, real_time_clocks
 from lockfs.storage.rawio import RawIO
 
 STATE_THREADS = 8
@@ -84,14 +84,14 @@ class PaxosBackend(Backend):
         *,
         store: str = "the store",
         clock: Clock | None = None,
-        wall: WallClock | None = None,
+        walls: Sequence[WallClock] = (),
         random: Random | None = None,
         io: RawIO | None = None,
     ) -> None:
         """`store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`.
 
         `store` is its path: people read it, and host ids are kept by it. `io` reaches the lease area, the
-        kernel's by default. `clock` and `wall` are the machine's own by default, together.
+        kernel's by default. `clock` and `walls` are the machine's own by default, together.
         """
         self._io = io
         self._options = options
@@ -109,7 +109,7 @@ class PaxosBackend(Backend):
             self._random,
             self._epoch_changed,
             self._epoch_passed,
-            RealTimeClock() if clock is None else wall,
+            real_time_clocks() if clock is None else walls,
         )
         self._layout: Layout | None = None
         self._leases: dict[int, PaxosLease] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from random import Random
 
 import trio
@@ -100,12 +100,12 @@ class Membership:
         random: Random,
         changed: Callable[[Epoch], None],
         passed: Callable[[Epoch], None],
-        wall: WallClock | None = None,
+        walls: Sequence[WallClock] = (),
     ) -> None:
         self._options = options
         self._host = host
         self._clock = clock
-        self._wall = wall
+        self._walls = walls
         self._random = random
         self._changed = changed
         self._passed = passed
@@ -342,7 +342,7 @@ class Membership:
             clock=self._clock,
             timing=self._options.timing,
             looks_first=lambda name: made_by_lockfs(name.decode("utf-8", "backslashreplace")),
-            wall=self._wall,
+            walls=self._walls,
         )
 
     async def _enter(self, lockspace: Lockspace) -> None:
@@ -419,7 +419,7 @@ class Membership:
         """Tell of each change of the standing when it happens, whatever a renewal hangs on."""
         lockspace = epoch.lockspace
         while epoch.state is not LeaseState.LOST:
-            lockspace.pace.look_at_wall()
+            lockspace.pace.look_at_walls()
             self._look(epoch)
             now = self._clock.now()
             limits = (lockspace.write_until, lockspace.renewed_at + lockspace.comeback)

@@ -1,0 +1,114 @@
+"""A lease that file locks are, and how it is known that the storage still knows the locks.
+
+Locks of a local file system are this kernel's own affair. A server gives those of a client that was silent
+to others, and refuses nothing of what the client then writes: so it is asked again and again, and nothing is
+written unless it was seen lately to know the locks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import dataclass, field
+
+from lockfs.backends import image_locks
+from lockfs.backends.base import Lease
+from lockfs.backends.virtlockd import LockFile
+from lockfs.linux import nfs
+from lockfs.paxos.seams import Clock, WallClock
+
+COUNTS_MAX_S = 15.0
+"""For how long a look counts at most, seconds: after that writes wait for the next one."""
+LEASE_PART = 2
+"""A look counts for this part of the time for which an NFS server keeps the locks of a silent client."""
+PER_LOOK = 3
+"""So many looks are made in the time for which one counts."""
+STOOD_S = 1.0
+"""A machine that stood still together with its clocks for longer has not looked."""
+
+_log = logging.getLogger("lockfs.backends.fcntl")
+
+
+@dataclass(frozen=True)
+class Look:
+    """When the storage was asked, by the host's clock, and by how much the hardware's was ahead then."""
+
+    at: float
+    ahead: float
+
+
+class Looks:
+    """How long a look counts. Shared by threads."""
+
+    def __init__(self, clock: Clock, hardware: WallClock | None, lease_s: float | None = None) -> None:
+        """`lease_s`: the server's lease time, if that is known. Servers wait 90 s by default."""
+        self._clock = clock
+        self._hardware = hardware
+        self.counts_s = COUNTS_MAX_S if lease_s is None else min(COUNTS_MAX_S, lease_s / LEASE_PART)
+        self.every_s = self.counts_s / PER_LOOK
+
+    @classmethod
+    def at_store(cls, store_fd: int, clock: Clock, hardware: WallClock | None) -> Looks:
+        """As the server of a store allows. Asks no server."""
+        return cls(clock, hardware, nfs.lease_time(os.fstat(store_fd).st_dev))
+
+    def now(self) -> Look:
+        """The look of somebody who is about to ask."""
+        return Look(self._clock.now(), self._ahead())
+
+    def counts(self, look: Look) -> bool:
+        """Whether a write may still be started on it."""
+        if self._clock.now() - look.at >= self.counts_s:
+            return False
+        return self._hardware is None or self._ahead() - look.ahead <= STOOD_S + self._hardware.late
+
+    def _ahead(self) -> float:
+        return self._hardware.now() - self._clock.now() if self._hardware is not None else 0.0
+
+
+@dataclass
+class FcntlLease(Lease):
+    """A lease held by locks on its image's descriptor and, in indirect mode, on a lock file.
+
+    `device` is the image's st_dev. `mutex` is held by threads that change or probe the locks; `ended` is set
+    under it when they are given up. `looks` is None where the locks are this kernel's own affair; else
+    `checked` is the last look that showed the locks.
+    """
+
+    device: int = 0
+    looks: Looks | None = None
+    checked: Look | None = None
+    lock_file: LockFile | None = None
+    mutex: threading.Lock = field(default_factory=threading.Lock)
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        """Made by whoever is about to take the locks, or has just found them: that is a look."""
+        if self.looks is not None:
+            self.checked = self.looks.now()
+
+    def in_time(self) -> bool:
+        """Whether the locks were seen lately; see Lease.in_time. A machine that was frozen has not looked."""
+        return self.looks is None or (self.checked is not None and self.looks.counts(self.checked))
+
+
+def probe_all(leases: list[FcntlLease]) -> list[tuple[FcntlLease, str]]:
+    """Those of the leases whose locks are lost, with the reason; worker thread."""
+    lost = []
+    for lease in leases:
+        with lease.mutex:
+            if lease.ended:
+                continue
+            now = lease.looks.now() if lease.looks is not None else None
+            try:
+                if not image_locks.still_ours(lease.image.descriptor, lease.mode):
+                    lost.append((lease, "somebody else has locked the image"))
+                else:
+                    lease.checked = now
+            except OSError as error:
+                if error.errno in image_locks.LOST:
+                    lost.append((lease, error.strerror or str(error)))
+                else:
+                    _log.warning("%s: its locks cannot be checked: %s", lease.image.name, error.strerror)
+    return lost
