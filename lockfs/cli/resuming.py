@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import select
@@ -27,10 +28,15 @@ _log = logging.getLogger("lockfs")
 
 
 def prepare_worker() -> None:
-    """Import what a worker needs, before it is needed."""
+    """Import what a worker needs, before it is needed.
+
+    It is kept out of collections: they would only touch, and thereby copy, what is shared with other workers.
+    """
     import lockfs.mount.serve  # noqa: PLC0415, F401  (never in the guardian)
 
     calls.keep_heap_small()
+    gc.collect()
+    gc.freeze()
 
 
 def program_of(module: str, shown: Sequence[str]) -> Program:

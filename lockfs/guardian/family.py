@@ -24,14 +24,11 @@ from lockfs.guardian.sweep import close_unnamed
 from lockfs.guardian.turn import FAILURE, Turn
 from lockfs.guardian.words import Limits, Words
 from lockfs.journal.memory import SharedMemory
-from lockfs.linux import cloning, dying
+from lockfs.linux import cloning, dying, urgency
 
 EXIT_HOPELESS = 70
 """A worker that exits so has found that no worker can go on: the mount ends, dead."""
 _OOM_GUARDIAN, _OOM_TWIN = -1000, -900
-_NICE = -10
-"""Of the whole family: on a machine that is short of processors leases are renewed, and a killed worker is
-replaced, before the programs that wait for it go on computing."""
 _ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _EVERY = signal.valid_signals()
 _SURE_LOOKS = 2
@@ -121,7 +118,7 @@ class _Family:
 
     def _set_up(self) -> None:
         words = self._words
-        cloning.raise_priority(_NICE)
+        cloning.raise_priority(urgency.ORDINARY)
         _fill_standard_streams()
         words.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         words.order = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -133,6 +130,7 @@ class _Family:
 
     def _guard(self) -> Ending:
         """Guard until the mount ends."""
+        urgency.begin()
         served = self._take_office()
         while True:
             canary.reap(self._words)
@@ -382,6 +380,7 @@ class _Family:
         try:
             pid, descriptor = cloning.clone_sharing_files(sibling=sibling)
             if pid == 0:
+                urgency.end()
                 for number in _ASKING:
                     signal.signal(number, signal.SIG_IGN)
                 os.setsid()  # what the terminal sends is the guardian's
@@ -399,6 +398,7 @@ class _Family:
     def _twin(self) -> Ending:
         """Wait for the guardian's death, then be it."""
         cloning.set_name("lockfs-twin")
+        urgency.begin()
         cloning.stay_in_memory()
         guardian = self._words.guardian_fd
         while not cloning.await_death(guardian, self._limits.start):
@@ -474,6 +474,8 @@ class _Family:
         """Serve; the exit code. What a former worker left is put in order before."""
         header, words = self._header, self._words
         cloning.set_name("lockfs-worker")
+        if header.turns > 1:
+            urgency.begin()  # until those are served who wait for it; see mount.serve
         with contextlib.suppress(OSError):  # the guardian makes one later
             self._make_spare(sibling=True)
         if header.turns > 1:

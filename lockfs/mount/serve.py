@@ -22,6 +22,7 @@ from lockfs.channel.relay import Relay
 from lockfs.errors import SetupError
 from lockfs.journal.memory import SharedMemory
 from lockfs.keeper.keeper import Keeper
+from lockfs.linux import calls, urgency
 from lockfs.mirror.mirror import Mirror
 from lockfs.mirror.modes import IoMode, is_passed
 from lockfs.mirror.store import Past
@@ -36,6 +37,9 @@ REQUESTS_MAX = 1024  # requests on names and opens under way at once; opens that
 STOP_DEADLINE_S = 30.0
 HEARTBEAT_S = 0.5
 """How often the guardian is shown that the event loop turns."""
+URGENT_S = 0.3
+"""How long after it has taken over a worker still runs before other programs: what waited for it is served
+then."""
 _DEVICE, _MOUNT_DEVICE, _WATCHDOG = "mount:negotiated", "mount:device", "mount:watchdog"
 
 
@@ -71,8 +75,7 @@ def serve(  # noqa: PLR0917  (what a worker is given)
         SetupError: the kernel, the privileges or the storage cannot carry what `options` ask for.
     """
     device = _device(options, device_fd, memory)
-    if options.backend == "paxos" and options.io is IoMode.AUTO:
-        # Passthrough has to be revoked when a lease is lost, by a lockfs that lives; what is guarded stops.
+    if options.io is IoMode.AUTO and _needs_gates(options, source_fd):
         options = replace(options, io=IoMode.GUARDED if device.passthrough else IoMode.DAEMON)
     if options.io in (IoMode.PASSTHROUGH, IoMode.GUARDED) and not device.passthrough:
         raise SetupError(
@@ -107,6 +110,13 @@ def _device(options: MountOptions, device_fd: int, memory: SharedMemory | None) 
     return device
 
 
+def _needs_gates(options: MountOptions, source_fd: int) -> bool:
+    """Whether a lease may be lost under an open handle; decision 11. Passthrough has to be revoked then, by a
+    lockfs that lives; what is guarded stops.
+    """
+    return options.backend == "paxos" or (options.backend == "fcntl" and calls.on_nfs(source_fd))
+
+
 def make_backend(options: MountOptions, source_fd: int) -> Backend:
     """The backend that the options name."""
     if options.backend == "nop":
@@ -114,6 +124,11 @@ def make_backend(options: MountOptions, source_fd: int) -> Backend:
     if options.backend == "paxos":
         return PaxosBackend(options.paxos, source_fd, options.host, store=options.source)
     return FcntlBackend(options.fcntl, source_fd, options.host)
+
+
+async def _calm_down() -> None:
+    await trio.sleep(URGENT_S)
+    urgency.end_everywhere()
 
 
 class _Service:
@@ -216,6 +231,7 @@ class _Service:
                     self._device.resend()
                 relay.start()
                 if self._succeeds:
+                    nursery.start_soon(_calm_down)
                     nursery.start_soon(self._mirror.recalling.settle)
                 else:
                     await self._learn_device()

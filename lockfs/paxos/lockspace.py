@@ -345,34 +345,26 @@ class Lockspace:
 
     # Renewing
 
-    async def renew(self) -> None:
-        """Renew once, and take a pass at watching the others.
+    async def renew(self, *, looked: bool = False) -> None:
+        """Renew once, and take a pass at watching the others, unless `look` has just done so: two passes one
+        right after the other would show everybody as silent.
 
         Raises:
             LockspaceFailed: the lease was overwritten, or is LOST; the host must stop at once.
             DiskError, DiskTimeout: not renewed; try again, not sooner than half a second later.
         """
-        if self._last is None or not self._joined:
-            raise LockspaceFailed(Result.LOCKSPACE_NOT_JOINED, "the lockspace is not joined")
-        try:
-            seen = await self._pass()
-            self._check_ours(seen, self._last)
-            if self.standing() is Standing.LOST:
-                raise self._failure()
-        except (RecordError, LockspaceFailed) as error:
-            self._lose(str(error))
-            raise
+        last = self._last if looked and self._last is not None else await self.look()
         paced = self.pace.renewing()
         now = self.clock.now()
         renewed = replace(
-            self._last,
+            last,
             timestamp=stamp(now),
             write_id=self.event[0],
             write_generation=self.event[1],
             write_timestamp=self.event[2],
         ).summed()
         self._sure = False
-        is_seen = renewed.timestamp != self._last.timestamp  # whole seconds: others see nothing else
+        is_seen = renewed.timestamp != last.timestamp  # whole seconds: others see nothing else
         try:
             await self.area.write(
                 self._sector, sectors.encode_delta(renewed, self._bitmap(now)), self.timing.dead
@@ -384,6 +376,25 @@ class Lockspace:
         if is_seen:
             self.pace.landed(paced, self.clock.now() - self.renewed_at)
         self._settle_renewal(now)
+
+    async def look(self) -> Leader:
+        """Take a pass at watching the others without renewing; our record as it was written last.
+
+        Raises:
+            LockspaceFailed: it was overwritten, or the membership is LOST; the host must stop at once.
+            DiskError, DiskTimeout: nothing was seen.
+        """
+        last = self._last
+        if last is None or not self._joined:
+            raise LockspaceFailed(Result.LOCKSPACE_NOT_JOINED, "the lockspace is not joined")
+        try:
+            self._check_ours(await self._pass(), last)
+            if self.standing() is Standing.LOST:
+                raise self._failure()
+        except (RecordError, LockspaceFailed) as error:
+            self._lose(str(error))
+            raise
+        return last
 
     def _settle_renewal(self, written_at: float) -> None:
         """Count a renewal that landed, unless it landed too late to be sure that nobody gave us up."""

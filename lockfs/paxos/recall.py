@@ -9,6 +9,7 @@ from __future__ import annotations
 from lockfs.paxos.area import Area
 from lockfs.paxos.lockspace import Lockspace
 from lockfs.paxos.resource import Hold, Resource
+from lockfs.paxos.seams import Plan
 from lockfs.records import sectors
 from lockfs.records.sectors import HostRecord, Leader
 
@@ -24,7 +25,7 @@ async def recall(
     Raises:
         RecordError, DiskError, DiskTimeout.
     """
-    area, now, own = await _look(resource.area, lockspace, resource.name)
+    area, now, own = await resource.area.disk.carry_out(_look(resource.area, lockspace, resource.name))
     here = (lockspace.host_id, lockspace.generation)
     let_go = now.write_id != lockspace.host_id and own.dblock.released
     owns = bool(now.timestamp) and (now.owner_id, now.owner_generation) == here and not let_go
@@ -46,15 +47,15 @@ async def take_over(resource: Resource, lockspace: Lockspace) -> None:
     Raises:
         RecordError, DiskError, DiskTimeout.
     """
-    area, _, own = await _look(resource.area, lockspace, resource.name)
+    area, _, own = await resource.area.disk.carry_out(_look(resource.area, lockspace, resource.name))
     resource.restore(area, Hold.NONE, None, own, unsettled=True)
 
 
-async def _look(area: Area, lockspace: Lockspace, name: bytes) -> tuple[Area, Leader, HostRecord]:
-    leader = sectors.decode_leader(await area.read(sectors.LEADER_SECTOR))
+def _look(area: Area, lockspace: Lockspace, name: bytes) -> Plan[tuple[Area, Leader, HostRecord]]:
+    leader = sectors.decode_leader((yield from area.reading(sectors.LEADER_SECTOR)))
     area.check(sectors.LEADER_SECTOR, sectors.check_paxos, leader, lockspace.name, name, lockspace.host_id)
     area = area.shaped(leader.geometry)
     sector = sectors.host_sector(lockspace.host_id)
-    own = sectors.decode_host(await area.read(sector))
+    own = sectors.decode_host((yield from area.reading(sector)))
     area.check(sector, sectors.check_dblock, own.dblock)
     return area, leader, own

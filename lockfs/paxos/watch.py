@@ -14,6 +14,7 @@ from lockfs.records import sectors
 from lockfs.records.geometry import Geometry
 
 _CHUNK = 64 << 10
+_NEVER = (0, 0, 0)
 
 
 class HostState(enum.Enum):
@@ -48,6 +49,8 @@ class Watch:
         self._shape = shape
         self._sights: dict[int, Sight] = {}
         self._former = b""
+        self._unused = b""
+        """What a sector was that nobody has used: a first pass meets as many as nobody has used of 2000."""
         self._callers: set[int] = set()
         self.first_check = 0.0
         self.last_check = 0.0
@@ -76,10 +79,14 @@ class Watch:
 
     def _look(self, host_id: int, area: bytes, now: float) -> None:
         at = sectors.delta_sector(host_id) * self._shape.sector_size
-        record = sectors.decode_leader(area[at : at + self._shape.sector_size])
+        raw = area[at : at + self._shape.sector_size]
         sight = self._sights.setdefault(host_id, Sight())
         seen = (sight.owner_id, sight.generation, sight.timestamp)
+        if raw == self._unused and seen == _NEVER:
+            return
+        record = sectors.decode_leader(raw)
         if (record.owner_id, record.owner_generation, record.timestamp) == seen:
+            self._unused = raw if seen == _NEVER else self._unused
             return
         if record.magic == sectors.DELTA_MAGIC and record.space_name == self._space_name:
             sight.owner_id, sight.generation = record.owner_id, record.owner_generation

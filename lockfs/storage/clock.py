@@ -10,9 +10,11 @@ import trio
 
 from lockfs.paxos.seams import Clock, WallClock
 
-RTC_READ_AGAIN_S = 0.01
-"""For how long a reading of the hardware's clock counts: writes ask for it, and it takes some 0.1 ms."""
-RTC_READ_MAX_S = 0.001
+RTC_COUNTS_S = 0.01
+"""For how long a reading of the hardware's clock counts at least: writes ask for it all the time."""
+RTC_SHARE = 20
+"""Reading takes at most this part of the time: it is 0.1 ms on a machine, and milliseconds in slow guests."""
+RTC_READ_MAX_S = 0.01
 """A hardware clock that takes longer to read would hold up writes."""
 _RTC_READINGS = 3
 _RTC_BYTES_MAX = 32
@@ -57,11 +59,14 @@ class HardwareClock(WallClock):
     any number of programs may have open. Its descriptor stays open for as long as the object is there.
     """
 
-    late = 1.0 + RTC_READ_AGAIN_S
-
     def __init__(self, descriptor: int) -> None:
-        """`descriptor` is of a since_epoch file, and the object's from now on. Raises OSError, ValueError."""
+        """`descriptor` is of a since_epoch file, and the object's from now on. `takes`: how long it takes to
+        read at best, seconds. Raises OSError, ValueError.
+        """
         self._descriptor = descriptor
+        self.takes = min(self._reading_takes() for _ in range(_RTC_READINGS))
+        self._counts_s = max(RTC_COUNTS_S, RTC_SHARE * self.takes)
+        self.late = 1.0 + self._counts_s
         self._read = (boot_time(), self._seconds())
 
     def __del__(self) -> None:
@@ -71,7 +76,7 @@ class HardwareClock(WallClock):
         """Seconds since the epoch. One that cannot be read any more goes as the boot clock does: no leap."""
         now = boot_time()
         then, seconds = self._read
-        if now - then < RTC_READ_AGAIN_S:
+        if now - then < self._counts_s:
             return seconds
         try:
             seconds = self._seconds()
@@ -83,23 +88,22 @@ class HardwareClock(WallClock):
     def _seconds(self) -> float:
         return float(int(os.pread(self._descriptor, _RTC_BYTES_MAX, 0)))
 
+    def _reading_takes(self) -> float:
+        began = time.perf_counter()
+        self._seconds()
+        return time.perf_counter() - began
+
 
 def hardware_clock(where: Path = _RTCS) -> HardwareClock | None:
     """The machine's first clock that can be read, and quickly; None if there is none."""
     for file in sorted(where.glob("rtc*/since_epoch")):
         try:
             clock = HardwareClock(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
-            if min(_reading_takes(clock) for _ in range(_RTC_READINGS)) <= RTC_READ_MAX_S:
+            if clock.takes <= RTC_READ_MAX_S:
                 return clock
         except (OSError, ValueError):  # it has none, or was never set
             continue
     return None
-
-
-def _reading_takes(clock: HardwareClock) -> float:
-    began = time.perf_counter()
-    clock._seconds()
-    return time.perf_counter() - began
 
 
 def real_time_clocks() -> list[WallClock]:

@@ -101,6 +101,49 @@ async def test_nothing_is_written_before_the_first_renewal(maker: PaxosMaker) ->
         await maker.go_on(one)
 
 
+async def test_who_waited_need_not_wait_for_the_first_renewal(maker: PaxosMaker) -> None:
+    """A worker that goes on takes leases once it has looked at the other hosts, its renewal under way."""
+    async with maker.hosts(2) as (one, two):
+        await acquire(maker, one)
+        await maker.kill(one)
+        await trio.sleep(1.5)
+        await maker.succeed(one)
+        assert await recall(one) is not None
+        held = one.io.hold("w", "lockspace", times=1)
+        await maker.go_on(one)
+        lockspace = (await one.paxos._ready()).lockspace
+        before = lockspace.renewed_at
+        await trio.sleep(0.1)
+        assert lockspace.renewed_at == before
+        await one.backend.release(await acquire(maker, one, name="b"))
+        assert lockspace.renewed_at == before
+        held.let_go()
+        await trio.sleep(0.5)
+        assert lockspace.renewed_at > before
+        await refused(maker, two)
+
+
+async def test_who_goes_on_knows_at_once_who_lives(maker: PaxosMaker) -> None:
+    """Its first renewal comes right after its first look: it is not as if everybody had been silent since."""
+    async with maker.hosts(2) as (one, two):
+        await acquire(maker, one)
+        await acquire(maker, two, name="b")
+        await maker.kill(one)
+        await trio.sleep(1.5)
+        await maker.succeed(one)
+        assert await recall(one) is not None
+        slow = one.io.hold_nth(1, "lockspace")  # what comes after the first look
+        await maker.go_on(one)
+        lockspace = (await one.paxos._ready()).lockspace
+        await trio.sleep(0.1)
+        slow.let_go()
+        while lockspace.clock.now() - lockspace.renewed_at > 1.0:
+            await trio.sleep(0.02)
+        began = trio.current_time()
+        assert "host1" in await refused(maker, one, name="b")
+        assert trio.current_time() - began < 0.5
+
+
 @pytest.mark.parametrize("away_s", [FAILS_S - 2, FAILS_S + 2, COMEBACK_S - 2, COMEBACK_S + 2])
 async def test_how_long_it_may_take(maker: PaxosMaker, away_s: float, expect_log: ExpectLog) -> None:
     """In time the lease is held; late it is in doubt, until the first renewal; too late, it is lost."""

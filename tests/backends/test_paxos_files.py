@@ -251,12 +251,26 @@ async def test_a_file_that_libvirt_just_makes_is_waited_for(
 
 async def test_a_file_that_is_never_filled_is_left_alone(layout_of: MakeLayout, tmp_path: Path) -> None:
     """At the deadline what is there is handed on, for the engine to refuse; nothing is written to it."""
+    naming = libvirt_naming(SPACE, "/images")
+    layout = layout_of(naming=naming)
+    await layout.start()
+    file = tmp_path / os.fsdecode(naming.resource(IMAGE))
+    file.write_bytes(bytes(MIB))
+    place = await layout.make(IMAGE, soon())
+    assert trio.current_time() >= 5.0
+    assert file.read_bytes() == bytes(MIB)
+    await place.close()
+
+
+async def test_own_files_are_not_waited_for(layout_of: MakeLayout, io: LeaseIO, tmp_path: Path) -> None:
+    """They are whole from the moment they have a name: damage is the engine's to find, at once."""
     layout = layout_of()
     await layout.start()
     (tmp_path / "i000000001234abcd").write_bytes(bytes(MIB))
+    io.log.clear()
     place = await layout.make(IMAGE, soon())
-    assert trio.current_time() >= 5.0
-    assert (tmp_path / "i000000001234abcd").read_bytes() == bytes(MIB)
+    assert trio.current_time() < 5.0
+    assert not [name for call, name, _ in io.log if call == "r" and name != "lockspace"]
     await place.close()
 
 
@@ -271,11 +285,13 @@ async def test_a_name_that_never_stays_ends_at_the_deadline(layout_of: MakeLayou
 
 async def test_a_failing_look_closes_the_file(layout_of: MakeLayout, io: LeaseIO, tmp_path: Path) -> None:
     """A lease file that cannot be read is an error that names it; no descriptor stays open."""
-    layout = layout_of()
+    naming = libvirt_naming(SPACE, "/images")
+    layout = layout_of(naming=naming)
     await layout.start()
     await (await layout.make(IMAGE, soon())).close()
-    io.refuse("r", OSError(errno.EIO, "Input/output error"), "i000000001234abcd")
-    with pytest.raises(DiskError, match="i000000001234abcd"):
+    file = os.fsdecode(naming.resource(IMAGE))
+    io.refuse("r", OSError(errno.EIO, "Input/output error"), file)
+    with pytest.raises(DiskError, match=file):
         await layout.make(IMAGE, soon())
 
 

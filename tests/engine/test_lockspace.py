@@ -638,3 +638,18 @@ def test_free_ids() -> None:
     leases = run(survey(Host(world, 1).lockspace.area))
     assert len(leases) == 2000
     assert free_ids(leases, SPACE, 6) == [1, 5, 6]
+
+
+def test_a_renewal_right_after_a_look() -> None:
+    """It takes no pass of its own: another host that the look saw change still counts as seen to live."""
+    world = World().make()
+    host = Host(world, 1)
+    run(host.lockspace.join())
+    keep_changing(world, 2, 0.5)
+    run(host.lockspace.renew())
+    world.now += 1.0
+    world.io.clear()
+    run(host.lockspace.look())
+    run(host.lockspace.renew(looked=True))
+    assert [io.length for io in world.io] == [world.shape.area_size, world.shape.sector_size]
+    assert host.lockspace.renewed_at == world.now

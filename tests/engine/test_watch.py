@@ -164,3 +164,18 @@ def test_every_sector_is_seen(shape: Geometry) -> None:
         sky.show(12, timestamp=2)
         assert sky.watch.sight(host_id).last_live == 12  # type: ignore[union-attr]
         assert [host for host, sight in sky.watch.hosts().items() if sight.last_live] == [host_id]
+
+
+def test_an_id_that_is_made_anew() -> None:
+    """Its record is again as those that nobody has used, and it is free; it is no less seen for that."""
+    sky = Sky().show(10)
+    unused = sky.world.delta(OTHER)
+    sky.join(12, timestamp=100)
+    assert sky.state(12) is HostState.LIVE
+    sky.world.change_delta(OTHER, unused)
+    sky.show(14)
+    assert sky.state(14) is HostState.FREE
+    sight = sky.watch.sight(OTHER)
+    assert sight is not None and sight.generation == 0
+    sky.join(16, timestamp=100)
+    assert sky.state(16) is HostState.LIVE

@@ -50,7 +50,7 @@ class Family:
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
         if ready:
-            self.until(lambda: self.of("on ready"), "ready")
+            self.until(lambda: self.of("on ready") and self.of("ready"), "ready")
             self.attach()
             self.complete()
 

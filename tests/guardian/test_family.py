@@ -30,12 +30,20 @@ def test_orderly_end(family: Family) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may raise a priority")
 def test_everybody_has_priority(family: Family) -> None:
-    """Also whoever comes later."""
+    """Above all who replaces the dead, and a worker that is waited for; not one that merely begins."""
     family.start()
-    former = family.pids()["worker"]
-    kill(former)
+    first = family.pids()
+    niceness = {"guardian": -20, "twin": -20, "worker": -10, "spare": -10}
+
+    def are_as_they_should(pids: dict[str, int]) -> bool:
+        return {name: os.getpriority(os.PRIO_PROCESS, pid) for name, pid in pids.items()} == niceness
+
+    family.until(lambda: are_as_they_should(first), "each has its priority")
+    kill(first["worker"])
     family.turns(2)
-    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in family.complete(former).values()} == {-10}
+    now = family.complete(first["worker"])
+    niceness["worker"] = -20
+    family.until(lambda: are_as_they_should(now), "each has its priority")
     family.end()
 
 

@@ -45,13 +45,14 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class Naming:
     """How files and resources of a layout are called. `few_hosts`: leases need not be for all hosts that
-    fit.
+    fit. `whole`: whoever makes a file fills it before it has its name.
     """
 
     lockspace_file: bytes
     resource: Callable[[Image], bytes]
     inode_of: Callable[[bytes], int | None]
     few_hosts: bool
+    whole: bool
 
 
 def own_naming() -> Naming:
@@ -60,7 +61,7 @@ def own_naming() -> Naming:
     def resource(image: Image) -> bytes:
         return _OWN_PREFIX + b"%0*x" % (_OWN_DIGITS, image.inode)
 
-    return Naming(OWN_LOCKSPACE, resource, _inode_of, few_hosts=True)
+    return Naming(OWN_LOCKSPACE, resource, _inode_of, few_hosts=True, whole=True)
 
 
 def _inode_of(name: bytes) -> int | None:
@@ -80,7 +81,7 @@ def libvirt_naming(lockspace: bytes, lock_path: str) -> Naming:
     def resource(image: Image) -> bytes:
         return hashlib.md5(prefix + image.path, usedforsecurity=False).hexdigest().encode()
 
-    return Naming(lockspace, resource, lambda name: None, few_hosts=False)
+    return Naming(lockspace, resource, lambda name: None, few_hosts=False, whole=False)
 
 
 def geometry_for(options: PaxosOptions, storage_sector: int) -> Geometry:
@@ -253,7 +254,7 @@ class FileLayout(Layout):
         while True:
             place = await self.find(image)
             if place is not None:
-                if await self._is_made(place) or trio.current_time() >= deadline:
+                if self._naming.whole or await self._is_made(place) or trio.current_time() >= deadline:
                     return place
                 await place.close()
                 await trio.sleep(BUSY_LOOK_S)

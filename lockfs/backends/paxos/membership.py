@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from random import Random
 
 import trio
@@ -138,7 +139,7 @@ class Membership:
 
     async def go_on(self) -> bool:
         """After `start`: be the member that a former worker of this mount was, if it was one; whether there
-        is an epoch then. `run` renews it first of all; until then nothing can be taken in it.
+        is an epoch then. `run` looks at the other hosts first of all; until then nothing can be taken in it.
 
         Raises:
             BackendError: the storage does not say whether the membership lasts.
@@ -198,11 +199,15 @@ class Membership:
         """Join, renew, and join anew after a loss, until cancelled."""
         while True:
             epoch = self.epoch
+            goes_on = epoch is not None
             if epoch is None:
                 epoch = await self._join()
-            await self._begin(epoch)
+            # Who goes on for a former worker has many waiting for it, and need not write to know the others.
+            passed = await self._begin(epoch, epoch.lockspace.look if goes_on else epoch.lockspace.renew)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._keep_renewing, epoch)
+                nursery.start_soon(
+                    partial(self._keep_renewing, epoch, at_once=goes_on, looked=goes_on and passed)
+                )
                 nursery.start_soon(self._keep_in_place, epoch)
                 await self._observe(epoch)
                 nursery.cancel_scope.cancel()  # a renewal that hangs would hang for as long as its write may
@@ -234,12 +239,19 @@ class Membership:
             self.epoch = epoch
             return epoch
 
-    async def _begin(self, epoch: Epoch) -> None:
-        """Take up an epoch, joined or a former worker's: from here on leases can be taken."""
+    async def _begin(self, epoch: Epoch, first_pass: Callable[[], Awaitable[object]]) -> bool:
+        """Take up an epoch, joined or a former worker's: from here on leases can be taken. Whether the pass
+        succeeded.
+        """
         self._trouble = None
         self._joined = True
         until = epoch.lockspace.write_until
-        await self._first_pass(epoch)
+        passed = False
+        try:
+            await first_pass()
+            passed = True
+        except BackendError as error:
+            _log.warning("the first pass over lockspace %s failed: %s", sectors.shown(self._name), error)
         if self._clock.now() >= until:
             self._tell(epoch, LeaseState.DOUBT)
         self._keep(epoch)
@@ -250,6 +262,7 @@ class Membership:
             epoch.lockspace.generation,
         )
         self._wake()
+        return passed
 
     def _keep(self, epoch: Epoch) -> None:
         """Note for the next worker what it must know of the epoch, as long as it may be gone on with."""
@@ -263,13 +276,6 @@ class Membership:
         self._ready.set()
         if self.epoch is None:
             self._ready = trio.Event()
-
-    async def _first_pass(self, epoch: Epoch) -> None:
-        """Renew at once: until then nothing is known of the other hosts."""
-        try:
-            await epoch.lockspace.renew()
-        except BackendError as error:
-            _log.warning("the first renewal of lockspace %s failed: %s", sectors.shown(self._name), error)
 
     async def _attempt(self) -> Lockspace:
         """Join once, with the host id given or with one of the free ones."""
@@ -364,15 +370,19 @@ class Membership:
 
     # Renewing
 
-    async def _keep_renewing(self, epoch: Epoch) -> None:
-        """Renew until the membership is lost."""
+    async def _keep_renewing(self, epoch: Epoch, *, at_once: bool, looked: bool) -> None:
+        """Renew when it is due, until the membership is lost. The first time perhaps `at_once`, and where
+        somebody has just `looked` without another look.
+        """
         lockspace = epoch.lockspace
         failing, suspicions = False, lockspace.pace.suspicions
         while lockspace.standing() is not Standing.LOST:
-            await self._until_due(lockspace)
+            if not at_once:
+                await self._until_due(lockspace)
+            skips, looked, at_once = looked, False, False
             until = lockspace.write_until
             try:
-                await lockspace.renew()
+                await lockspace.renew(looked=skips)
             except BackendError as error:
                 if lockspace.why_lost:
                     break
