@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_hardware_clock_is_read_again_after_a_while(tmp_path: Path, boot: list[f
     assert clock is not None and clock.now() == 5000.0
     file.write_text("5007\n")
     assert clock.now() == 5000.0
-    boot[0] += clocks.RTC_READ_AGAIN_S
+    boot[0] += clocks.RTC_COUNTS_S
     assert clock.now() == 5007.0
 
 
@@ -90,12 +91,26 @@ def test_only_a_hardware_clock_that_is_set_counts(tmp_path: Path) -> None:
     assert clock is not None and clock.now() == 7.0
 
 
-def test_a_slow_hardware_clock_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writes would wait for it."""
-    rtc(tmp_path, "5000\n")
-    times = iter(range(100))
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(times)))
-    assert clocks.hardware_clock(tmp_path) is None
+@pytest.mark.parametrize("takes", [0.0001, 0.004, 0.02])
+def test_a_slow_hardware_clock(
+    tmp_path: Path, boot: list[float], monkeypatch: pytest.MonkeyPatch, takes: float
+) -> None:
+    """It is read less often; one that is too slow is not used, for writes would wait for it."""
+    file = rtc(tmp_path, "5000\n")
+    times = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times) * takes)
+    clock = clocks.hardware_clock(tmp_path)
+    if takes > clocks.RTC_READ_MAX_S:
+        assert clock is None
+        return
+    assert clock is not None
+    counts_s = max(clocks.RTC_COUNTS_S, takes * clocks.RTC_SHARE)
+    assert clock.late == pytest.approx(1.0 + counts_s)
+    file.write_text("5007\n")
+    boot[0] += counts_s * 0.9
+    assert clock.now() == 5000.0
+    boot[0] += counts_s * 0.2
+    assert clock.now() == 5007.0
 
 
 def test_no_descriptor_is_left(tmp_path: Path) -> None:
