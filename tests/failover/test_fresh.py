@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.support.mounts import Mount, mounted, needs_mount
+from tests.support.mounts import FAMILY, Mount, mounted, needs_mount
 from tests.support.qemu import eventually
 
 pytestmark = needs_mount
@@ -83,3 +83,30 @@ def test_nobody_sees_an_error(tmp_path: Path) -> None:
                 eventually(lambda done=done: writers.done > done + 2 * THREADS, "requests answered again")
                 time.sleep(STEADY_S)
         assert writers.errors == []
+
+
+def test_who_has_taken_over_is_urgent_no_more(tmp_path: Path) -> None:
+    """Soon afterwards no thread of the worker comes before other programs, nor does a spare."""
+    store = tmp_path / "store"
+    store.mkdir()
+    with mounted(store, tmp_path / "mount", "backend=nop") as mount:
+        former = mount.family()["lockfs-worker"]
+        ordinary = os.getpriority(os.PRIO_PROCESS, former)
+        os.kill(former, signal.SIGKILL)
+        os.statvfs(mount.path)
+
+        def is_complete() -> bool:
+            family = mount.family()
+            return family.keys() >= FAMILY and former not in family.values()
+
+        eventually(is_complete, "there is another worker")
+        worker, spare = (mount.family()[name] for name in ("lockfs-worker", "lockfs-spare"))
+
+        def niceness() -> set[int]:
+            threads = map(int, os.listdir(f"/proc/{worker}/task"))
+            return {os.getpriority(os.PRIO_PROCESS, thread) for thread in (*threads, spare)}
+
+        eventually(lambda: niceness() == {ordinary}, "everything is ordinary again")
+        time.sleep(0.5)
+        os.listdir(mount.path)
+        assert niceness() == {ordinary}
