@@ -140,7 +140,10 @@ class FcntlBackend(Backend):
             ) from error
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Ask the storage again and again whether it still knows the locks of the leases that are held."""
+        """Ask the storage again and again whether it still knows the locks of the leases that are held.
+
+        A look that comes after the last one had run out is told as a change: somebody may wait for it.
+        """
         task_status.started()
         limiter = trio.CapacityLimiter(1)  # a storage that hangs must not take the threads of the others
         while True:
@@ -148,6 +151,7 @@ class FcntlBackend(Backend):
             held = [lease for lease in self._leases.values() if lease.state is LeaseState.HELD]
             if not held:
                 continue
+            overdue = [lease for lease in held if not lease.in_time()]
             for lease, reason in await trio.to_thread.run_sync(
                 probe_all, held, limiter=limiter, abandon_on_cancel=True
             ):
@@ -155,6 +159,10 @@ class FcntlBackend(Backend):
                     _log.error("%s: the storage has dropped its locks: %s", lease.image.name, reason)
                     lease.state = LeaseState.LOST
                     self._note(lease, Stage.ENDING)
+                    self._on_change(lease)
+            for lease in overdue:
+                is_ours = lease.state is LeaseState.HELD and self._leases.get(lease.image.inode) is lease
+                if is_ours and lease.in_time():
                     self._on_change(lease)
 
     async def stop(self) -> None:

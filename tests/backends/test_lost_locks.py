@@ -162,6 +162,7 @@ async def test_a_look_counts_for_a_while(tmp_path: Path, clock: trio.testing.Moc
         assert lease.in_time() is local
         await _probed(host, 2 * PROBE_S)
         assert lease.in_time()
+        assert host.changes == ([] if local else [lease]), "who waits to write is woken, once"
         await host.backend.release(lease)
 
 
