@@ -81,10 +81,11 @@ def test_a_killed_qemu_hands_over(paxos_mounts: PairMaker, fleet: Fleet, build: 
     pair = paxos_mounts("wait=20", io)
     guest.make_image(pair.a / "i.img", "qcow2")
     first = fleet.start(build, disk("auto", "qcow2", pair.a / "i.img"), "first")
-    first.wait_written(5)
+    written = first.wait_written(5)
     first.kill()
     second = fleet.start(build, disk("auto", "qcow2", pair.b / "i.img"), "second")
-    second.wait_written(5)
+    # It begins anew at 1, and must have written over all that the first one may have left.
+    second.wait_written(written + 20)
     acknowledged = second.halt()
     assert second.quit() == 0
     guest.check(guest.read_record(pair.b / "i.img", "qcow2"), acknowledged)
