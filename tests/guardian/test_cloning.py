@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 from lockfs.linux import cloning
@@ -106,10 +105,18 @@ def test_signals_reach_only_the_process_itself() -> None:
 
 
 def test_threads_are_counted() -> None:
-    """The count follows threads that start and end."""
-    before, stop = cloning.threads(), threading.Event()
-    thread = threading.Thread(target=stop.wait)
-    thread.start()
-    assert cloning.threads() == before + 1
-    stop.set()
-    thread.join()
+    """The count follows threads that start and end; in a process of its own, where nobody else's come and go."""
+    words = output(
+        """
+stop = threading.Event()
+thread = threading.Thread(target=stop.wait)
+print(cloning.threads())
+thread.start()
+print(cloning.threads())
+stop.set()
+thread.join()
+cloning.await_single_thread()
+print(cloning.threads())
+"""
+    )
+    assert words == ["1", "2", "1"]
