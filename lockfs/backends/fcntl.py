@@ -47,7 +47,6 @@ from lockfs.backends.storecheck import check_store
 from lockfs.backends.virtlockd import LockDirectory, LockFile
 from lockfs.errors import BackendError, ImageBusy, SetupError
 from lockfs.linux import calls
-from lockfs.storage.clock import BootClock, hardware_clock
 
 LOCK_THREADS = 16
 PROBE_S = 5.0
@@ -75,19 +74,12 @@ class FcntlBackend(Backend):
     patience = PATIENCE_S
 
     def __init__(
-        self,
-        options: FcntlOptions,
-        store_fd: int,
-        host: str,
-        *,
-        instance: bytes | None = None,
-        looks: Looks | None = None,
+        self, options: FcntlOptions, store_fd: int, host: str, *, instance: bytes | None = None
     ) -> None:
         """`store_fd` is the store's root (O_PATH suffices), kept open by the caller until after `stop`.
 
         `instance` names this mount's files in the store's state directory; it must differ from that of every
-        other mount of the store. The default is the host's name and a random number. `looks`: how long it
-        counts that a server has shown the locks; as the store's server has it by default.
+        other mount of the store. The default is the host's name and a random number.
         """
         if instance is None:
             safe = re.sub(r"[^A-Za-z0-9-]", "_", host)[:_HOST_CHARS_MAX]
@@ -98,9 +90,7 @@ class FcntlBackend(Backend):
         self._store_fd = store_fd
         self._host = host
         self._local = calls.in_memory(store_fd)
-        if looks is None and not self._local:
-            looks = Looks.at_store(store_fd, BootClock(), hardware_clock())
-        self._looks = looks
+        self._looks = None if self._local else Looks.at_store(store_fd)
         self._name_files(instance)
         self._ledger = Ledger(Forgetful())
         self._succeeds = False
@@ -151,19 +141,19 @@ class FcntlBackend(Backend):
             held = [lease for lease in self._leases.values() if lease.state is LeaseState.HELD]
             if not held:
                 continue
-            overdue = [lease for lease in held if not lease.in_time()]
-            for lease, reason in await trio.to_thread.run_sync(
-                probe_all, held, limiter=limiter, abandon_on_cancel=True
-            ):
-                if lease.state is LeaseState.HELD and self._leases.get(lease.image.inode) is lease:
+            found = await trio.to_thread.run_sync(probe_all, held, limiter=limiter, abandon_on_cancel=True)
+            for lease, reason in found.lost:
+                if self._holds(lease):
                     _log.error("%s: the storage has dropped its locks: %s", lease.image.name, reason)
                     lease.state = LeaseState.LOST
                     self._note(lease, Stage.ENDING)
                     self._on_change(lease)
-            for lease in overdue:
-                is_ours = lease.state is LeaseState.HELD and self._leases.get(lease.image.inode) is lease
-                if is_ours and lease.in_time():
+            for lease in found.shown_again:
+                if self._holds(lease) and lease.in_time():
                     self._on_change(lease)
+
+    def _holds(self, lease: FcntlLease) -> bool:
+        return lease.state is LeaseState.HELD and self._leases.get(lease.image.inode) is lease
 
     async def stop(self) -> None:
         """Close the lock directory and remove what is left of the owner records."""

@@ -8,15 +8,16 @@ written unless it was seen lately to know the locks.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from dataclasses import dataclass, field
 
 from lockfs.backends import image_locks
 from lockfs.backends.base import Lease
+from lockfs.backends.storecheck import mount_entries
 from lockfs.backends.virtlockd import LockFile
 from lockfs.linux import nfs
 from lockfs.paxos.seams import Clock, WallClock
+from lockfs.storage.clock import BootClock, hardware_clock
 
 COUNTS_MAX_S = 15.0
 """For how long a look counts at most, seconds: after that writes wait for the next one."""
@@ -49,9 +50,10 @@ class Looks:
         self.every_s = self.counts_s / PER_LOOK
 
     @classmethod
-    def at_store(cls, store_fd: int, clock: Clock, hardware: WallClock | None) -> Looks:
-        """As the server of a store allows. Asks no server."""
-        return cls(clock, hardware, nfs.lease_time(os.fstat(store_fd).st_dev))
+    def at_store(cls, store_fd: int) -> Looks:
+        """As the server of a store allows, by this machine's clocks. Asks no server."""
+        stated = (nfs.lease_time(entry.source) for entry in mount_entries(store_fd))
+        return cls(BootClock(), hardware_clock(), next((each for each in stated if each is not None), None))
 
     def now(self) -> Look:
         """The look of somebody who is about to ask."""
@@ -92,10 +94,29 @@ class FcntlLease(Lease):
         """Whether the locks were seen lately; see Lease.in_time. A machine that was frozen has not looked."""
         return self.looks is None or (self.checked is not None and self.looks.counts(self.checked))
 
+    def saw_locks(self, look: Look | None) -> bool:
+        """Take in a look that has shown the locks; whether anybody may have met the one before run out.
 
-def probe_all(leases: list[FcntlLease]) -> list[tuple[FcntlLease, str]]:
-    """Those of the leases whose locks are lost, with the reason; worker thread."""
-    lost = []
+        That is asked only now: whoever looks later finds the new one, and whoever met the old one run out did
+        so by now.
+        """
+        former, self.checked = self.checked, look
+        return self.looks is not None and former is not None and not self.looks.counts(former)
+
+
+@dataclass
+class Probed:
+    """What asking the storage has shown. `lost`: whose locks are gone, and why. `shown_again`: whose last
+    look had run out before this one, so that somebody may have been told to wait for it.
+    """
+
+    lost: list[tuple[FcntlLease, str]] = field(default_factory=list)
+    shown_again: list[FcntlLease] = field(default_factory=list)
+
+
+def probe_all(leases: list[FcntlLease]) -> Probed:
+    """Ask the storage whether it still knows the locks; worker thread."""
+    found = Probed()
     for lease in leases:
         with lease.mutex:
             if lease.ended:
@@ -103,12 +124,12 @@ def probe_all(leases: list[FcntlLease]) -> list[tuple[FcntlLease, str]]:
             now = lease.looks.now() if lease.looks is not None else None
             try:
                 if not image_locks.still_ours(lease.image.descriptor, lease.mode):
-                    lost.append((lease, "somebody else has locked the image"))
-                else:
-                    lease.checked = now
+                    found.lost.append((lease, "somebody else has locked the image"))
+                elif lease.saw_locks(now):
+                    found.shown_again.append(lease)
             except OSError as error:
                 if error.errno in image_locks.LOST:
-                    lost.append((lease, error.strerror or str(error)))
+                    found.lost.append((lease, error.strerror or str(error)))
                 else:
                     _log.warning("%s: its locks cannot be checked: %s", lease.image.name, error.strerror)
-    return lost
+    return found

@@ -61,6 +61,14 @@ def parse_mountinfo(text: str) -> list[MountEntry]:
     return entries
 
 
+def mount_entries(store_fd: int) -> list[MountEntry]:
+    """The mounts, as this process sees them, of the file system that the store is on."""
+    device = os.fstat(store_fd).st_dev
+    name = f"{os.major(device)}:{os.minor(device)}"
+    with open(_MOUNTINFO, encoding="utf-8", errors="surrogateescape") as table:
+        return [entry for entry in parse_mountinfo(table.read()) if entry.device == name]
+
+
 def local_lock_option(entry: MountEntry) -> str | None:
     """The mount option for which locks on this file system stay on this host, or None."""
     harmful = _LOCAL_LOCK_OPTIONS.get(entry.fstype, ())
@@ -76,12 +84,8 @@ def check_store(store_fd: int) -> None:
     Raises:
         SetupError: locks do not work; the sentence says what to do.
     """
-    status = os.fstat(store_fd)
-    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
-    with open(_MOUNTINFO, encoding="utf-8", errors="surrogateescape") as table:
-        entries = parse_mountinfo(table.read())
-    for entry in entries:
-        option = local_lock_option(entry) if entry.device == device else None
+    for entry in mount_entries(store_fd):
+        option = local_lock_option(entry)
         if option is not None:
             raise SetupError(
                 f"The store is on {entry.fstype} ({entry.source}) mounted with {option}, which keeps locks "

@@ -118,7 +118,7 @@ class _Family:
 
     def _set_up(self) -> None:
         words = self._words
-        cloning.raise_priority(urgency.ORDINARY)
+        urgency.be_ordinary()
         _fill_standard_streams()
         words.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         words.order = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -184,12 +184,3 @@ def set_oom_adjustment(pid: int, value: int) -> None:
     """Set it, from -1000 (never) to 1000; to lower it takes CAP_SYS_RESOURCE, without which it stays."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
         file.write(str(value))
-
-
-def raise_priority(nice: int) -> None:
-    """Give the calling thread, and whatever it starts, a niceness of at most `nice` (setpriority(2)); it
-    takes CAP_SYS_NICE to lower it, without which it stays.
-    """
-    if os.getpriority(os.PRIO_PROCESS, 0) > nice:
-        with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, nice)

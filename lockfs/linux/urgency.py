@@ -17,10 +17,18 @@ ORDINARY, URGENT = -10, -20
 _LOOKS_MAX = 5
 
 
-def begin() -> None:
-    """Let the calling thread, and all that it starts, be urgent; it takes CAP_SYS_NICE, without which nothing
-    changes.
+def be_ordinary() -> None:
+    """Give the calling thread, and all that it starts, at least the ordinary priority of lockfs's processes.
+
+    It takes CAP_SYS_NICE, without which nothing changes.
     """
+    if os.getpriority(os.PRIO_PROCESS, 0) > ORDINARY:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, ORDINARY)
+
+
+def begin() -> None:
+    """Let the calling thread, and all that it starts, be urgent, if that is allowed; see `be_ordinary`."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, URGENT)
 

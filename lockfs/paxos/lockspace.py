@@ -353,7 +353,11 @@ class Lockspace:
             LockspaceFailed: the lease was overwritten, or is LOST; the host must stop at once.
             DiskError, DiskTimeout: not renewed; try again, not sooner than half a second later.
         """
-        last = self._last if looked and self._last is not None else await self.look()
+        if not looked:
+            await self.look()
+        last = self._last
+        if last is None or self.standing() is Standing.LOST:
+            raise self._failure()
         paced = self.pace.renewing()
         now = self.clock.now()
         renewed = replace(
@@ -377,8 +381,8 @@ class Lockspace:
             self.pace.landed(paced, self.clock.now() - self.renewed_at)
         self._settle_renewal(now)
 
-    async def look(self) -> Leader:
-        """Take a pass at watching the others without renewing; our record as it was written last.
+    async def look(self) -> None:
+        """Take a pass at watching the others without renewing.
 
         Raises:
             LockspaceFailed: it was overwritten, or the membership is LOST; the host must stop at once.
@@ -394,7 +398,6 @@ class Lockspace:
         except (RecordError, LockspaceFailed) as error:
             self._lose(str(error))
             raise
-        return last
 
     def _settle_renewal(self, written_at: float) -> None:
         """Count a renewal that landed, unless it landed too late to be sure that nobody gave us up."""

@@ -13,7 +13,7 @@ import trio.testing
 from lockfs.backends import image_locks
 from lockfs.backends.base import LeaseState, Mode
 from lockfs.backends.fcntl import PROBE_S, FcntlOptions
-from lockfs.backends.file_lease import COUNTS_MAX_S, STOOD_S, Looks, probe_all
+from lockfs.backends.file_lease import COUNTS_MAX_S, STOOD_S, Looks, Probed, probe_all
 from lockfs.linux import ofd
 from lockfs.paxos.seams import Clock, WallClock
 from tests.conftest import ExpectLog
@@ -127,7 +127,7 @@ async def test_a_probe_never_locks_what_was_released(tmp_path: Path) -> None:
             host.image("a"), Mode.EXCLUSIVE, host.owner, trio.current_time() + 5
         )
         await host.backend.release(lease)
-        assert probe_all([lease]) == []
+        assert probe_all([lease]) == Probed()
         descriptor = os.open(tmp_path / "store" / "a", os.O_RDWR)
         assert ofd.conflict(descriptor, ofd.WRITE, 0, 0) is None
         os.close(descriptor)
@@ -163,6 +163,31 @@ async def test_a_look_counts_for_a_while(tmp_path: Path, clock: trio.testing.Moc
         await _probed(host, 2 * PROBE_S)
         assert lease.in_time()
         assert host.changes == ([] if local else [lease]), "who waits to write is woken, once"
+        await host.backend.release(lease)
+
+
+@pytest.mark.parametrize("takes_s", [2.0, COUNTS_MAX_S + 1.0])
+async def test_a_look_that_takes_long(
+    tmp_path: Path, clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, takes_s: float
+) -> None:
+    """The one before runs out meanwhile: whoever met that is woken by the first look that counts."""
+    now, takes = _Time(1000.0), [takes_s, 0.0, 0.0]
+    asked = image_locks.still_ours
+
+    def slowly(fd: int, mode: Mode) -> bool:
+        now.time += takes.pop(0)
+        return asked(fd, mode)
+
+    monkeypatch.setattr(image_locks, "still_ours", slowly)
+    async with FcntlMaker(tmp_path, [FcntlOptions()]).hosts(1) as (host,):
+        host.backend._looks = Looks(now, None)
+        lease = await host.backend.acquire(
+            host.image("a"), Mode.EXCLUSIVE, host.owner, trio.current_time() + 5
+        )
+        now.time += COUNTS_MAX_S - 1
+        assert lease.in_time()
+        await _probed(host, 2.5 * PROBE_S)
+        assert lease.in_time() and lease in host.changes
         await host.backend.release(lease)
 
 

@@ -2,9 +2,9 @@
 
 The locks are the server's, and it decides when a silent host has lost them. It does not refuse what that host
 writes then: the client asks for its opens anew, and writes do not go through the description that has the
-locks (not in passthrough either: the kernel opens the backing file once more). So A writes until lockfs has
-asked about its locks, every 5 seconds (docs/fencing.md). How much that is, is measured; that it ends is what
-these tests check.
+locks (not in passthrough either: the kernel opens the backing file once more). So in guarded mode no write
+starts unless the locks were seen lately, and in passthrough A writes until lockfs has asked about its locks
+(docs/fencing.md). How much that is, is measured; that it ends is what these tests check.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.qemu import eventually
 pytestmark = pytest.mark.slow
 _more = pytest.mark.cluster
 _LOCKS_LOOKED_AT_S = 10.0
-"""In so long a host surely asks whether it has its locks, which it does every 5 seconds."""
+"""In so long a host surely asks whether it has its locks, which it does every 5 seconds at least."""
 
 
 def _scene(nfs: NfsServer, io: str = "auto") -> Scene:

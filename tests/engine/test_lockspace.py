@@ -653,3 +653,16 @@ def test_a_renewal_right_after_a_look() -> None:
     run(host.lockspace.renew(looked=True))
     assert [io.length for io in world.io] == [world.shape.area_size, world.shape.sector_size]
     assert host.lockspace.renewed_at == world.now
+
+
+def test_what_was_lost_since_the_look_is_not_renewed() -> None:
+    """Nothing is written for it."""
+    world = World().make()
+    host = Host(world, 1)
+    run(host.lockspace.join())
+    run(host.lockspace.look())
+    host.lockspace.abandon("for a reason")
+    writes = len(world.writes())
+    with pytest.raises(LockspaceFailed, match="for a reason"):
+        run(host.lockspace.renew(looked=True))
+    assert len(world.writes()) == writes

@@ -105,7 +105,7 @@ def test_signals_reach_only_the_process_itself() -> None:
 
 
 def test_threads_are_counted() -> None:
-    """The count follows threads that start and end; in a process of its own, where nobody else's come and go."""
+    """The count follows threads that start and end; in a process where nobody else's come and go."""
     words = output(
         """
 stop = threading.Event()

@@ -55,16 +55,26 @@ def test_what_is_not_allowed_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*arguments: object) -> None:
         raise PermissionError
 
+    os.setpriority(os.PRIO_PROCESS, 0, 5)
     with monkeypatch.context() as patch:
         patch.setattr(os, "setpriority", refuse)
+        urgency.be_ordinary()
         urgency.begin()
-        assert not urgency.is_urgent(0)
+        assert os.getpriority(os.PRIO_PROCESS, 0) == 5
     urgency.begin()
     with monkeypatch.context() as patch:
         patch.setattr(os, "setpriority", refuse)
         urgency.end()
         urgency.end_everywhere()
         assert urgency.is_urgent(0)
+
+
+@pytest.mark.parametrize("niceness", [5, 0, -10, -15])
+def test_ordinary_is_the_least(niceness: int) -> None:
+    """Who was given more keeps it."""
+    os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    urgency.be_ordinary()
+    assert os.getpriority(os.PRIO_PROCESS, 0) == min(niceness, urgency.ORDINARY)
 
 
 @pytest.mark.parametrize("niceness", [-19, 0, 5])

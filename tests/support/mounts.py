@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from lockfs.linux import cloning
 
 START_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 20.0
@@ -30,11 +31,6 @@ def why_not_mount() -> str | None:
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         return "there is no /dev/fuse"
     return None
-
-
-def _is_dead(pidfd: int) -> bool:
-    """Whether all threads of a process are dead, the first alone is not enough: they keep its files open."""
-    return bool(select.select([pidfd], [], [], 0)[0])
 
 
 needs_mount = pytest.mark.skipif(why_not_mount() is not None, reason=why_not_mount() or "")
@@ -89,7 +85,8 @@ class Mount:
             if self.process.pid in members:
                 self.process.wait()
             end = time.monotonic() + STOP_DEADLINE_S
-            while not all(_is_dead(member) for member in members.values()):
+            # With all their threads: the first alone is not enough, for the others keep files open.
+            while not all(cloning.is_dead(member) for member in members.values()):
                 assert time.monotonic() < end, f"{list(members)} survived a SIGKILL"
                 time.sleep(POLL_S)
         finally:

@@ -205,9 +205,7 @@ class Membership:
             # Who goes on for a former worker has many waiting for it, and need not write to know the others.
             passed = await self._begin(epoch, epoch.lockspace.look if goes_on else epoch.lockspace.renew)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(
-                    partial(self._keep_renewing, epoch, at_once=goes_on, looked=goes_on and passed)
-                )
+                nursery.start_soon(partial(self._keep_renewing, epoch, looked=goes_on and passed))
                 nursery.start_soon(self._keep_in_place, epoch)
                 await self._observe(epoch)
                 nursery.cancel_scope.cancel()  # a renewal that hangs would hang for as long as its write may
@@ -370,19 +368,17 @@ class Membership:
 
     # Renewing
 
-    async def _keep_renewing(self, epoch: Epoch, *, at_once: bool, looked: bool) -> None:
-        """Renew when it is due, until the membership is lost. The first time perhaps `at_once`, and where
-        somebody has just `looked` without another look.
-        """
+    async def _keep_renewing(self, epoch: Epoch, *, looked: bool) -> None:
+        """Renew when it is due, until the membership is lost; at once where somebody has just `looked`."""
         lockspace = epoch.lockspace
         failing, suspicions = False, lockspace.pace.suspicions
         while lockspace.standing() is not Standing.LOST:
-            if not at_once:
+            if not looked:
                 await self._until_due(lockspace)
-            skips, looked, at_once = looked, False, False
+            has_looked, looked = looked, False
             until = lockspace.write_until
             try:
-                await lockspace.renew(looked=skips)
+                await lockspace.renew(looked=has_looked)
             except BackendError as error:
                 if lockspace.why_lost:
                     break
