@@ -3,9 +3,9 @@ image.
 
 Order for each image: its gates are shut already; revoke every handle that is open (also those whose data
 never passes lockfs); kill whoever maps the image into memory that can be written, and, where revoking failed
-or the policy says so, whoever has it open for writing; wait for changes under way; strike the dead opens out
-of the books; only then give the lease back, if there is anything to give. As long as one of these is not
-done the lease is not given back.
+or the policy says so, whoever has it open for writing; wait for changes under way, and for what lies in
+caches (landings.py); strike the dead opens out of the books; only then give the lease back, if there is
+anything to give. As long as one of these is not done the lease is not given back.
 
 Where every change passes a gate nothing need be revoked: the opens are suspended. Their next change asks for
 the lease anew, and gets it only if nobody else has had it in between (Lease.follows).
@@ -18,9 +18,10 @@ from collections.abc import Iterable
 
 import trio
 
-from lockfs.backends.base import LeaseState, Mode
+from lockfs.backends.base import Mode
 from lockfs.keeper.grants import Grant, Kind
 from lockfs.keeper.images import Ledger, Record
+from lockfs.keeper.landings import Landing, Landings, drained, returnable
 from lockfs.keeper.leases import Leases
 from lockfs.keeper.policy import OnLost, Policy
 from lockfs.keeper.surroundings import Surroundings, Workers
@@ -37,10 +38,6 @@ KILL_S = 2.5
 of the shortest watchdog time, 10 s, what makes the whole fit."""
 AGAIN_S = 1.0
 """Between two tries at an image that is not fenced yet, and between two looks at who maps a dead one."""
-REPORT_S = 10.0
-"""How long a change may be under way, seconds, before that is reported."""
-DRAIN_POLL_FIRST_S = 0.001
-DRAIN_POLL_MAX_S = 0.2
 GIVE_BACK_MAX = 32
 """How many leases are given back at a time."""
 FENCE_THREADS = 4
@@ -58,9 +55,17 @@ class Fencing:
     """
 
     def __init__(
-        self, ledger: Ledger, leases: Leases, surroundings: Surroundings, workers: Workers, policy: Policy
+        self,
+        ledger: Ledger,
+        leases: Leases,
+        surroundings: Surroundings,
+        workers: Workers,
+        policy: Policy,
+        *,
+        landings: Landings,
     ) -> None:
         self._ledger = ledger
+        self._landings = landings
         self._leases = leases
         self._surroundings = surroundings
         self._workers = workers
@@ -138,23 +143,33 @@ class Fencing:
                 live -= await self._revoke(live)
                 harmless = await self._end_writers(left, live)
                 for record in harmless:
-                    done = condemned[record]
-                    nursery.start_soon(self._strike_out, record, opens[record], Kind.FENCED, done)
+                    landing, done = self._landings.expect(record, revoked=True), condemned[record]
+                    nursery.start_soon(self._end_opens, record, opens[record], landing, done)
                 left -= harmless
                 self.unfenced -= harmless
                 if left:
                     await trio.sleep(AGAIN_S)
 
     async def _hold_back(self, records: list[Record]) -> None:
-        """End those who map images whose lease is in doubt, for as long as it is no more than that."""
+        """Flush the images whose lease is in doubt, and end those who map them, for as long as it is no more
+        than that.
+        """
         left = set(records)
-        while left:
-            left -= (harmless := await self._end_mappers(left))
-            self.unfenced -= {record for record in harmless if not record.lost}
-            self.unfenced -= (certain := {record for record in left if record.sure})
-            left -= certain | {record for record in left if record.lost}
-            if left:
-                await trio.sleep(AGAIN_S)
+        async with trio.open_nursery() as nursery:
+            for record in records:
+                nursery.start_soon(self._bring_in, record, self._landings.expect(record, revoked=False))
+            while left:
+                left -= (harmless := await self._end_mappers(left))
+                self.unfenced -= {record for record in harmless if not record.lost}
+                self.unfenced -= (certain := {record for record in left if record.sure})
+                left -= certain | {record for record in left if record.lost}
+                if left:
+                    await trio.sleep(AGAIN_S)
+
+    async def _bring_in(self, record: Record, landing: Landing) -> None:
+        """Get what was begun onto the storage before the lease may be another host's."""
+        await drained(record, list(record.grants), while_unsure=True)
+        await self._landings.flush(landing)
 
     async def _suspend_all(self, records: list[Record]) -> None:
         """Take the lost leases out of the books; the opens stay."""
@@ -244,11 +259,23 @@ class Fencing:
 
     # One image
 
+    async def _end_opens(
+        self, record: Record, grants: list[Grant], landing: Landing, done: trio.Event
+    ) -> None:
+        """Strike out opens that were revoked; before, if the lease can be given back, what they changed must
+        have landed.
+        """
+        with self._ledger.use(record.image):
+            await drained(record, grants)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._landings.flush, landing)
+                await self._settled(record, landing)
+                await self._strike_out(record, grants, Kind.FENCED, done)
+
     async def _strike_out(self, record: Record, grants: list[Grant], fate: Kind, done: trio.Event) -> None:
         """Take the opens off the lease, so that the image can be had anew, and give the lease back."""
         with self._ledger.use(record.image):
-            await self._drained(record, grants)
-            await self._settled(record)
+            await drained(record, grants)
             async with self._giving_back, record.turn:
                 kept = [grant for grant in grants if grant in record.grants]
                 for grant in kept:
@@ -267,32 +294,11 @@ class Fencing:
         self._any_dead.set()
         done.set()
 
-    async def _drained(self, record: Record, grants: list[Grant]) -> None:
-        """Wait for changes under way; without a bound, for the lease must not go before they have ended."""
-        report_at = trio.current_time() + REPORT_S
-        pause = DRAIN_POLL_FIRST_S
-        while any(grant.gate.inside for grant in grants):
-            if trio.current_time() >= report_at:
-                log.critical("image '%s': a write is under way and does not end", record.image.name)
-                report_at = float("inf")
-            await trio.sleep(pause)
-            pause = min(pause * 1.5, DRAIN_POLL_MAX_S)
-
-    async def _settled(self, record: Record) -> None:
-        """While the lease is good (fenced by hand) nobody may get it before all data are on the storage."""
-        complained = False
-        while record.lease is not None and record.lease.state is LeaseState.HELD and record.lease.in_time():
-            try:
-                await self._workers.attempt(self._settle, record.image.inode)
-                return
-            except OSError as error:
-                if not complained:
-                    log.error("image '%s': its data cannot be flushed: %s", record.image.name, error)
-                complained = True
-            await trio.sleep(AGAIN_S)
-
-    def _settle(self, inode: int) -> None:
-        self._surroundings.settle(inode, revoked=True)
+    async def _settled(self, record: Record, landing: Landing) -> None:
+        """While the lease can be given back nobody may get it before all data are on the storage."""
+        while returnable(record) and not landing.over.is_set():
+            with trio.move_on_after(AGAIN_S):
+                await landing.over.wait()
 
     # Afterwards
 

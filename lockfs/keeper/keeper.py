@@ -21,6 +21,7 @@ from lockfs.keeper.gate import Gate, GateState
 from lockfs.keeper.grants import Access, Grant, HeldImage, Kind, managed, reader
 from lockfs.keeper.handover import Claims, Yielding
 from lockfs.keeper.images import Ledger, Record
+from lockfs.keeper.landings import FLUSH_THREADS, Landings
 from lockfs.keeper.leases import Leases
 from lockfs.keeper.notes import Notes
 from lockfs.keeper.openers import Opener, Role
@@ -82,7 +83,10 @@ class Keeper:
             lambda record: self._notes.note(record, releasing=True),
         )
         fencers = workers if given else Threads(FENCE_THREADS)
-        self._fencing = Fencing(self._ledger, self._leases, surroundings, fencers, policy)
+        self._landings = Landings(self._ledger, surroundings, workers if given else Threads(FLUSH_THREADS))
+        self._fencing = Fencing(
+            self._ledger, self._leases, surroundings, fencers, policy, landings=self._landings
+        )
         self._waiting = Waiting(backend, random or Random())
         self._rivals = Rivals(policy, host, surroundings, workers)
         self._yielding = Yielding(backend, self._ledger, self._leases, surroundings, workers)
@@ -201,8 +205,8 @@ class Keeper:
 
     @property
     def fences_hold(self) -> bool:
-        """Whether nothing here can change an image whose lease is lost or in doubt."""
-        return not self._fencing.unfenced
+        """Whether nothing here can change an image whose lease is lost or in doubt, nor has begun to."""
+        return not self._fencing.unfenced and self._landings.over
 
     def _lost(self, record: Record) -> None:
         self._fencing.lost(record)

@@ -48,7 +48,8 @@ class Surroundings(Protocol):
     def settle(self, inode: int, *, revoked: bool = False) -> None:
         """Bring all data of the image that this host holds to the storage (fsync).
 
-        With `revoked`, also wait for writes under way that passed no gate.
+        With `revoked`, also wait for writes under way that passed no gate: this may change the file where it
+        has no data, so only for a lease that is good.
         """
 
     def taken(self, inode: int) -> None:

@@ -85,14 +85,25 @@ class MirrorSurroundings:
         handles = [handle for handle in self._handles.all() if handle.nodeid == inode and handle.writable]
         if revoked and handles:
             _await_direct_writes(handles[0].descriptor)
-        for handle in handles:
-            os.fsync(handle.descriptor)
+        if handles:
+            _flush(handles[0].descriptor)
 
     def taken(self, inode: int) -> None:
         """Drop the kernel's pages and attributes of an image that is open outside pure passthrough."""
         handles = (handle for handle in self._handles.all() if handle.nodeid == inode)
         if not all(is_passed(handle.open_flags) for handle in handles):
             self._kernel.invalidate(inode)
+
+
+def _flush(descriptor: int) -> None:
+    """Bring the file's data to the storage, through an open file of its own: the kernel tells an error that
+    lies behind once through each, and through its own a guest must still be told of it.
+    """
+    flushing = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(flushing)
+    finally:
+        os.close(flushing)
 
 
 def _await_direct_writes(descriptor: int) -> None:

@@ -1,8 +1,9 @@
 """A watchdog that resets this machine if lockfs cannot keep its fences: a device of the kernel, or wdmd.
 
-It is fed only while nothing here can change an image whose lease is lost. A lockfs that is killed, or whose
-event loop stands still, feeds nobody. The interface of devices is the kernel's (watchdog-api.rst): a write
-feeds it, WDIOC_SETTIMEOUT sets after how many seconds it fires, a "V" before the close disarms it.
+It is fed only while nothing here can change an image whose lease is lost or in doubt, nor has begun to. A
+lockfs that is killed, or whose event loop stands still, feeds nobody. The interface of devices is the
+kernel's (watchdog-api.rst): a write feeds it, WDIOC_SETTIMEOUT sets after how many seconds it fires, a "V"
+before the close disarms it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lockfs.errors import SetupError
 
 WDIOC_SETTIMEOUT, WDIOC_GETTIMEOUT = 0xC0045706, 0x80045707
 FEEDS_PER_TIMEOUT = 5
-LOOK_S = 1.0
+LOOK_S = 0.2
 """How often it is looked whether the fences hold, seconds."""
 MARGIN_PART = 6
 """A device fires sooner than it must by this part of its time."""

@@ -27,6 +27,7 @@ STORE = "/srv"
 _KERNEL_OPTIONS = (
     "console=ttyS0 quiet panic=-1 tsc=reliable clocksource=tsc mitigations=off nokaslr lsm= audit=0"
 )
+_RESET = "softdog: Initiating system reboot"
 IMAGE = "disk"
 LOG = "/run/lockfs.log"
 PYTHON = os.path.realpath(sys.executable)
@@ -128,6 +129,12 @@ class Guest:
         """End it as a power cut would: nothing is flushed, nobody is told."""
         self.line.close()
         self.machine.kill()
+
+    def was_reset(self) -> bool:
+        """Whether its watchdog has reset it. Its QEMU ends with that (-no-reboot), when no server that is
+        stopped keeps it.
+        """
+        return _RESET in self.console.read_text(errors="replace")
 
     def freeze(self, *, clocks: bool) -> None:
         """Stop it as a whole; with `clocks` its clocks stop as well, as if no time passed."""

@@ -77,8 +77,8 @@ class SharedDisk:
             check=True, capture_output=True, timeout=_PROGRAM_S, cwd=root.CHECKOUT,
         )  # fmt: skip
 
-    def host(self, name: str, options: str, *, detour: bool = False) -> Guest:
-        """Boot a host with the disk and the store, and mount lockfs there."""
+    def host(self, name: str, options: str, *, detour: bool = False, watchdog: bool = False) -> Guest:
+        """Boot a host with the disk and the store, and mount lockfs there; with `watchdog` it has one."""
         straight = f"file={self._area},format=raw,cache=none,file.locking=off"
         area = self._detour(name) if detour else straight
         memory = f"{guests.MEMORY_MIB}M"
@@ -93,6 +93,10 @@ class SharedDisk:
             ],
         )  # fmt: skip
         guest.busybox("mount", "-t", "virtiofs", "store", STORE)
+        if watchdog:
+            for module in ("watchdog", "softdog"):
+                guest.busybox("insmod", f"/modules/{module}.ko")
+            options = f"{options},watchdog=/dev/watchdog"
         guests.mount(guest, f"{PAXOS},host_id={HOSTS[name]},{options}")
         return guest
 
@@ -132,6 +136,12 @@ class SharedDisk:
         """Let what hangs go on."""
         for process in self._servers[name]:
             process.send_signal(signal.SIGCONT)
+
+    def forget(self, name: str) -> None:
+        """End the way to the store of a host that was reset: what its adapter had to send went with it."""
+        _, adapter = self._servers[name]
+        adapter.kill()
+        adapter.wait(_PROGRAM_S)
 
     def landed(self) -> list[witness.Term]:
         """What is on the storage."""

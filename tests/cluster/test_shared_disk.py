@@ -12,7 +12,8 @@ from functools import partial
 import pytest
 
 from tests.cluster.rigs import DEAD, STOPS, SharedDisk
-from tests.cluster.scenes import Figures, Scene, nothing_stale
+from tests.cluster.scenes import PATIENCE_S, Figures, Scene, nothing_stale
+from tests.support.qemu import eventually
 
 pytestmark = pytest.mark.slow
 _more = pytest.mark.cluster
@@ -20,8 +21,8 @@ _WATCHED_S = 20.0
 """For how long the writes of a host that should not write are counted: several renewals."""
 
 
-def _scene(disk: SharedDisk, io: str, *, detour: bool = False) -> Scene:
-    return Scene(disk, partial(disk.host, options=f"io={io}", detour=detour))
+def _scene(disk: SharedDisk, io: str, *, detour: bool = False, watchdog: bool = False) -> Scene:
+    return Scene(disk, partial(disk.host, options=f"io={io}", detour=detour, watchdog=watchdog))
 
 
 def _taken_over(scene: Scene, disk: SharedDisk, gone_at: float) -> dict[str, float]:
@@ -121,3 +122,44 @@ def test_a_host_that_is_cut_off_stops_in_time(
     term = scene.judge()
     figures(**measured, records=term.landed, stale=len(term.stale))
     nothing_stale(term, under_way=store)
+
+
+@_more
+@pytest.mark.parametrize("io", ["guarded", "passthrough"])
+def test_a_watchdog_resets_a_host_whose_last_write_hangs(
+    shared_disk: SharedDisk, figures: Figures, io: str
+) -> None:
+    """A is cut off from leases and images in the middle of a write: it is reset before B has the image."""
+    scene = _scene(shared_disk, io, detour=True, watchdog=True)
+    renewed_before = scene.a.boot_at(time.monotonic()) - shared_disk.renewal("A")
+    shared_disk.cut_off("A", store=True)
+    cut_at = time.monotonic()
+    eventually(scene.a.was_reset, "the watchdog resets A", DEAD + 5, 0.1)
+    reset_after = time.monotonic() - cut_at
+    assert scene.second.status()["state"] == "waiting", "B had the image before A was reset"
+    scene.a.cut_power()
+    measured = _taken_over(scene, shared_disk, cut_at)
+    shared_disk.forget("A")
+    shared_disk.reconnect("A")
+    term = scene.judge()
+    figures(
+        **measured,
+        reset_s=round(reset_after, 1),
+        reset_after_last_renewal_s=round(reset_after + renewed_before, 1),
+        records=term.landed,
+        stale=len(term.stale),
+    )
+    nothing_stale(term)
+
+
+@_more
+def test_a_watchdog_resets_a_host_that_was_frozen(shared_disk: SharedDisk, figures: Figures) -> None:
+    """In passthrough nothing holds its writes back; its watchdog's time is over when it runs again."""
+    scene = _scene(shared_disk, "passthrough", watchdog=True)
+    scene.a.freeze(clocks=False)
+    measured = _taken_over(scene, shared_disk, time.monotonic())
+    scene.a.thaw(clocks=False)
+    eventually(scene.a.was_reset, "the watchdog resets A", PATIENCE_S, 0.1)
+    term = scene.judge()
+    figures(**measured, records=term.landed, stale=len(term.stale))
+    nothing_stale(term, under_way=True)

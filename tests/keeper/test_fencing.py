@@ -41,7 +41,9 @@ async def test_what_passes_no_gate_is_fenced_in_doubt(a: Host, b: Host) -> None:
         a.backend.turn_to(LeaseState.DOUBT)
         assert grant.gate.state is GateState.SHUT
         await trio.sleep(0.5)
-        assert a.mount.calls[-3:] == ["taken", "revoke", "mappers"]
+        assert a.storage.held[1], "given back with writes under way"
+        await trio.sleep(1)
+        assert a.mount.calls[-4:] == ["taken", "revoke", "mappers", "settle"]
         assert a.mount.killed == [(70, 700)]
         assert grant.kind is Kind.FENCED and a.state() == "fenced"
         assert not a.storage.held[1]
@@ -443,6 +445,61 @@ async def test_the_watchdog_is_told_in_doubt(a: Host, world: World, ends: LeaseS
         await a.keeper.close(grant)
 
 
+async def test_the_watchdog_is_told_of_a_write_that_hangs(a: Host, world: World) -> None:
+    """What was begun in time may land later than the lease lasts: the fences hold when it has ended."""
+    resumable(world)
+    async with keepers_run(a), trio.open_nursery() as nursery:
+        grant = await a.keeper.open(DISK, opener(1), WRITE)
+        nursery.start_soon(a.write, grant, 9.0)
+        await trio.sleep(1)
+        assert a.keeper.fences_hold
+        a.backend.turn_to(LeaseState.DOUBT)
+        assert not a.keeper.fences_hold
+        await trio.sleep(3)
+        assert not a.keeper.fences_hold
+        a.backend.turn_to(LeaseState.HELD)
+        assert a.keeper.fences_hold
+        a.backend.turn_to(LeaseState.DOUBT)
+        await trio.sleep(1)
+        a.backend.turn_to(LeaseState.LOST)
+        await trio.sleep(2)
+        assert not a.keeper.fences_hold
+        await trio.sleep(4)
+        assert a.keeper.fences_hold
+        await a.keeper.close(grant)
+
+
+@pytest.mark.parametrize("bypassed", [False, True])
+async def test_the_watchdog_is_told_of_a_flush(a: Host, world: World, bypassed: bool) -> None:
+    """In doubt an image is flushed; what passed no gate is awaited so. Until then the fences do not hold."""
+    resumable(world)
+    async with keepers_run(a):
+        grant = await a.keeper.open(DISK, opener(1), WRITE)
+        if bypassed:
+            a.mount.unguarded.add(1)
+        a.mount.flush_fails = 3
+        a.backend.turn_to(LeaseState.DOUBT)
+        await trio.sleep(2.5)
+        assert not a.keeper.fences_hold
+        await trio.sleep(2)
+        assert a.keeper.fences_hold
+        assert a.mount.calls.count("settle") == 4
+        await a.keeper.close(grant)
+
+
+async def test_a_flush_that_fails_is_not_repeated_for_ever(a: Host) -> None:
+    """The lease is gone, and the kernel has let the data go: nothing is left to wait for."""
+    async with keepers_run(a):
+        grant = await a.keeper.open(DISK, opener(1), WRITE)
+        a.mount.unguarded.add(1)
+        a.mount.flush_fails = 100
+        a.backend.turn_to(LeaseState.LOST)
+        await trio.sleep(5)
+        assert a.keeper.fences_hold
+        assert a.mount.calls.count("settle") == 1
+        await a.keeper.close(grant)
+
+
 async def test_many_at_once(a: Host) -> None:
     """What is lost together is looked for once."""
     images = [type(DISK)(number, b"disk%d" % number, -1) for number in range(10, 60)]
@@ -451,7 +508,7 @@ async def test_many_at_once(a: Host) -> None:
         a.mount.unguarded |= {image.inode for image in images}
         for image in images:
             a.backend.turn_to(LeaseState.DOUBT, image.inode)
-        await trio.sleep(1)
+        await trio.sleep(2)
         assert all(grant.kind is Kind.FENCED for grant in grants)
         assert a.mount.calls.count("revoke") == a.mount.calls.count("mappers") == 1
         for grant in grants:

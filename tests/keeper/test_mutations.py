@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,12 +18,14 @@ import trio
 from trio.testing import MockClock
 
 from lockfs.backends.base import LeaseState, Mode
+from lockfs.keeper import fencing as fencing_module
 from lockfs.keeper.fencing import Fencing, Processes
 from lockfs.keeper.gate import Gate, GateState
 from lockfs.keeper.grants import Grant, Kind
 from lockfs.keeper.handover import Claims, Yielding
 from lockfs.keeper.images import Record, Turn
 from lockfs.keeper.keeper import Keeper
+from lockfs.keeper.landings import Landing, Landings
 from lockfs.keeper.leases import Leases
 from lockfs.keeper.openers import Opener
 from lockfs.keeper.rivals import Rivals
@@ -170,12 +173,17 @@ async def trusts_revoking(self: Fencing, records: set[Record]) -> set[Record]:
     return records
 
 
-async def no_waiting_for_writes(self: Fencing, record: Record, grants: list[Grant]) -> None:
+async def no_waiting_for_writes(record: Record, grants: list[Grant], *, while_unsure: bool = False) -> None:
     """Gives a lease back while a change is under way."""
 
 
-async def no_flush(self: Fencing, record: Record) -> None:
+async def no_flush(self: Fencing, record: Record, landing: Landing) -> None:
     """Gives a good lease back before the data are on the storage."""
+
+
+def blind_to_landings(self: Landings) -> bool:
+    """Feeds the watchdog while a write that began in time is still under way."""
+    return True
 
 
 def doubts_gently(self: Fencing, record: Record) -> None:
@@ -230,8 +238,14 @@ MUTANTS: list[tuple[type, str, Any, list[Detector]]] = [
     (Fencing, "_mappers", nobody_maps, [fencing.test_what_passes_no_gate_is_fenced_in_doubt]),
     (Fencing, "_end_writers", all_harmless, [fencing.test_a_mapper_that_does_not_end_keeps_the_lease]),
     (Fencing, "_revoke", trusts_revoking, [fencing.test_openers_are_killed_if_handles_cannot_be_revoked]),
-    (Fencing, "_drained", no_waiting_for_writes, [fencing.test_a_write_that_hangs_keeps_the_lease]),
+    (fencing_module, "drained", no_waiting_for_writes, [fencing.test_a_write_that_hangs_keeps_the_lease]),
     (Fencing, "_settled", no_flush, [fencing.test_the_lease_goes_back_last]),
+    (
+        Landings,
+        "over",
+        property(blind_to_landings),
+        [fencing.test_the_watchdog_is_told_of_a_write_that_hangs],
+    ),
     (Fencing, "doubt", doubts_gently, [fencing.test_what_passes_no_gate_is_fenced_in_doubt]),
     (Fencing, "lost", always_suspends, [fencing.test_lost_without_memory_is_fenced_for_good]),
     (
@@ -285,7 +299,7 @@ def caught(detectors: list[Detector]) -> bool:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: getattr(mutant[2], "fget", mutant[2]).__name__)
 def test_a_broken_keeper_is_caught(
-    monkeypatch: pytest.MonkeyPatch, mutant: tuple[type, str, Any, list[Detector]]
+    monkeypatch: pytest.MonkeyPatch, mutant: tuple[type | ModuleType, str, Any, list[Detector]]
 ) -> None:
     """The detectors pass on the sound keeper (the simulation in test_exclusion) and fail on the mutant."""
     owner, method, patch, detectors = mutant

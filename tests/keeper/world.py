@@ -13,6 +13,7 @@ contract: one call at a time for an image, no acquire while leased, a release on
 
 from __future__ import annotations
 
+import errno
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -243,10 +244,11 @@ class FakeMount:
     """The surroundings: who holds the write byte, who inherited what, and which calls were made.
 
     `unguarded` are images that a handle can change past its gate until they are revoked; `maps` who maps
-    which; `immortal` are pids that do not end when killed.
+    which; `immortal` are pids that do not end when killed. So many flushes as `flush_fails` says fail.
     """
 
     def __init__(self) -> None:
+        self.flush_fails = 0
         self.wants_taken = True
         self.bytes: dict[int, set[int]] = defaultdict(set)
         self.inherited: set[tuple[int, int]] = set()
@@ -296,6 +298,9 @@ class FakeMount:
 
     def settle(self, inode: int, *, revoked: bool = False) -> None:
         self._called("settle")
+        if self.flush_fails:
+            self.flush_fails -= 1
+            raise OSError(errno.EIO, "Input/output error")
 
     def taken(self, inode: int) -> None:
         self._called("taken")
