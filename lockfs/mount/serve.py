@@ -35,6 +35,9 @@ log = logging.getLogger("lockfs.mount")
 
 REQUESTS_MAX = 1024  # requests on names and opens under way at once; opens that wait for a lease count
 STOP_DEADLINE_S = 30.0
+SETTLE_AFTER_S = 0.5
+"""After how long what a former worker left behind is given back, seconds: whoever was waiting for it goes on
+with it before, and nothing else takes the storage's time."""
 HEARTBEAT_S = 0.5
 """How often the guardian is shown that the event loop turns."""
 URGENT_S = 0.3
@@ -257,7 +260,12 @@ class _Service:
         if fenced:
             log.critical("workers keep dying: everything that is open for writing is fenced")
         self._keeper.resume(reading_only=fenced)
-        nursery.start_soon(self._backend.settle)
+        nursery.start_soon(self._settle)
+
+    async def _settle(self) -> None:
+        """Give back what nobody goes on with; opens that were under way come back first."""
+        await trio.sleep(SETTLE_AFTER_S)
+        await self._backend.settle()
 
     async def _control(self) -> None:
         pid = self._turn.family if self._turn is not None else None

@@ -256,6 +256,18 @@ class Contest:
                 own = record
         return Survey(leader, own, mbal_max, lver_max)
 
+    def look(self) -> Plan[tuple[Leader, HostRecord, frozenset[int]]]:
+        """The leader, this host's own sector, and who shares the lease. Nobody else's ballot matters.
+
+        Raises:
+            RecordError.
+        """
+        leader, prefix = yield from self._read_prefix()
+        records = dict(sectors.used_hosts(prefix, self.area.shape.sector_size, leader.num_hosts))
+        own = records.get(self.lockspace.host_id, HostRecord())
+        self.area.check(self._own_sector, sectors.check_dblock, own.dblock)
+        return leader, own, frozenset(host_id for host_id, record in records.items() if record.mode.shared)
+
     def _read_prefix(self) -> Plan[tuple[Leader, memoryview]]:
         """The leader and all hosts' sectors, whose size and number the leader itself states."""
         for _ in range(SHAPES_MAX):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lockfs.paxos.area import Area
 from lockfs.paxos.lockspace import Lockspace
-from lockfs.paxos.resource import Hold, Resource
+from lockfs.paxos.resource import Begun, Hold, Resource
 from lockfs.paxos.seams import Plan
 from lockfs.records import sectors
 from lockfs.records.sectors import HostRecord, Leader
@@ -42,13 +42,31 @@ async def recall(
 
 
 async def take_over(resource: Resource, lockspace: Lockspace) -> None:
-    """Let a fresh resource, which holds nothing, settle whatever the former process had begun.
+    """Let a fresh resource, which holds nothing, settle whatever the former process had begun, or go on with
+    it.
 
     Raises:
         RecordError, DiskError, DiskTimeout.
     """
-    area, _, own = await resource.area.disk.carry_out(_look(resource.area, lockspace, resource.name))
-    resource.restore(area, Hold.NONE, None, own, unsettled=True)
+    now, own, sharers = await resource.area.disk.carry_out(resource.looking())
+    begun = _begun(lockspace, now, own, sharers)
+    resource.restore(resource.area, Hold.NONE, None, own, unsettled=True, begun=begun)
+
+
+def _begun(lockspace: Lockspace, now: Leader, own: HostRecord, sharers: frozenset[int]) -> Begun | None:
+    """What had been begun and not been let go of: the mark RELEASED is the first thing that a release writes.
+
+    A version is in hand only if our sector has our ballot for it. An older one, which we let go of, can be
+    there again, put back by another host's late commit, and our next ballot has dropped the mark.
+    """
+    if own.dblock.released or own.mode.shared:
+        return None
+    us = (lockspace.host_id, lockspace.generation)
+    owns = bool(now.timestamp) and (now.owner_id, now.owner_generation) == us
+    current = own.dblock.lver == now.lver and bool(own.dblock.bal)
+    if owns and current and not now.flags & sectors.SHORT_HOLD:
+        return Begun(now, sharers)
+    return Begun(None)
 
 
 def _look(area: Area, lockspace: Lockspace, name: bytes) -> Plan[tuple[Area, Leader, HostRecord]]:

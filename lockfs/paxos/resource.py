@@ -8,7 +8,7 @@ one plan (seams.py). Invariant: before a commit counts, the membership is looked
 from __future__ import annotations
 
 import enum
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
 
@@ -42,6 +42,18 @@ class Hold(enum.Enum):
     EXCLUSIVE = "exclusive"
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What a former process of this host had begun to take, and had not begun to let go of.
+
+    `won`: the version that it owns already, beside `sharers` that may be dead; None: a ballot may be under
+    way, or nothing.
+    """
+
+    won: Leader | None
+    sharers: frozenset[int] = frozenset()
+
+
 class Resource:
     """One lease. One task at a time calls its methods.
 
@@ -64,6 +76,7 @@ class Resource:
         self._contest = Contest(area, lockspace, name, hosts_hint)
         self._doubted = False
         self._suspicions = 0
+        self._begun: Begun | None = None
 
     @property
     def area(self) -> Area:
@@ -99,7 +112,7 @@ class Resource:
 
     async def acquire(self, *, shared: bool = False, give_up_at: float = 0.0) -> None:
         """Take the lease. The wait for an owner that may be dead, and for others to finish, ends at
-        `give_up_at`.
+        `give_up_at`. For itself, it goes on with what a former process had begun (`restore`).
 
         Raises:
             Refused: somebody else holds it, or won it.
@@ -111,14 +124,20 @@ class Resource:
         self._lockspace.require()
         # As of now: of what comes while it is being taken, the hold must be cleared afterwards.
         self._suspicions, self._doubted = self._lockspace.pace.suspicions, False
-        await self.settle()
+        begun, self._begun = self._begun, None
+        if begun is None or shared:
+            await self.settle()
         if shared:
             await self._acquire_shared(give_up_at)
         else:
-            await self._acquire_exclusive(give_up_at)
+            await self._acquire_exclusive(give_up_at, begun)
 
-    async def _acquire_exclusive(self, give_up_at: float) -> None:
-        mine, sharers = await self._win(sectors.NOT_SHARED, give_up_at, short=False)
+    async def _acquire_exclusive(self, give_up_at: float, begun: Begun | None) -> None:
+        if begun is not None and begun.won is not None:
+            mine, sharers = begun.won, begun.sharers
+        else:
+            goes_on = begun is not None
+            mine, sharers = await self._win(sectors.NOT_SHARED, give_up_at, short=False, goes_on=goes_on)
         others = await self._living(sharers)
         if others:
             await self._carry_out(self._give_back(mine, sectors.NOT_SHARED))
@@ -167,9 +186,14 @@ class Resource:
         yield from self._contest.mark_released(ModeBlock(sectors.SHARED, self._lockspace.generation))
         yield from self._release_leader(mine)
 
-    async def _win(self, mode: ModeBlock, give_up_at: float, *, short: bool) -> tuple[Leader, frozenset[int]]:
-        """Become the owner of the next version; returns its leader and who shares the lease."""
-        for _ in range(ROUNDS_MAX):
+    async def _win(
+        self, mode: ModeBlock, give_up_at: float, *, short: bool, goes_on: bool = False
+    ) -> tuple[Leader, frozenset[int]]:
+        """Become the owner of the next version; returns its leader and who shares the lease.
+
+        `goes_on`: what this host has proposed for it so far was not let go of.
+        """
+        for first in (True, *[False] * (ROUNDS_MAX - 1)):
             go = await self._go(mode, give_up_at, short=short)
             survey = go.bid.survey
             if go.leader is None:
@@ -177,7 +201,7 @@ class Resource:
                     break
                 continue
             self.followed, self._contest.last = survey.leader, go.leader
-            if not survey.is_stale:
+            if not survey.is_stale or (goes_on and first):
                 return go.leader, go.sharers
             await self._carry_out(self._give_back(go.leader, mode))
         raise Refused(Result.LOST_VERSION, "other hosts are quicker", leader=survey.leader)
@@ -401,12 +425,26 @@ class Resource:
     # After a failure
 
     def restore(
-        self, area: Area, hold: Hold, leader: Leader | None, written: HostRecord, *, unsettled: bool
+        self,
+        area: Area,
+        hold: Hold,
+        leader: Leader | None,
+        written: HostRecord,
+        *,
+        unsettled: bool,
+        begun: Begun | None = None,
     ) -> None:
-        """Go on for a former process of this host: with what it held, and what it wrote last (recall.py)."""
-        self.hold, self.leader = hold, leader
+        """Go on for a former process of this host: with what it held, and what it wrote last (recall.py).
+
+        What it had `begun` to take can be gone on with by the next `acquire`, if that comes before `settle`.
+        """
+        self.hold, self.leader, self._begun = hold, leader, begun
         self._suspicions, self._doubted = self._lockspace.pace.suspicions, False
         self._contest.area, self._contest.written, self._contest.unsettled = area, written, unsettled
+
+    def looking(self) -> Plan[tuple[Leader, HostRecord, frozenset[int]]]:
+        """The leader, this host's own sector, and who shares the lease. Raises RecordError."""
+        return self._contest.look()
 
     async def settle(self) -> None:
         """Put in order what a failed or cancelled step left: nothing of it may keep others out (section 15).
@@ -417,6 +455,7 @@ class Resource:
             RecordError, DiskError, DiskTimeout: not yet.
             LockspaceFailed: in doubt, or a shared hold that must be confirmed first; not yet.
         """
+        self._begun = None
         if not self.unsettled:
             return
         if self.hold is Hold.SHARED:

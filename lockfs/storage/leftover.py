@@ -14,14 +14,17 @@ from lockfs.linux import calls
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
-def wait_for_writes(path: str | bytes, directory: int | None = None) -> None:
+def wait_for_writes(path: str | bytes, directory: int | None = None) -> bool:
     """Return when no direct I/O that this machine began on a file before is under way any more; may block.
+    The answer is whether that could have been, on a file system like this.
 
     `path` is relative to the descriptor `directory` if there is one. Raises OSError.
     """
     descriptor = os.open(path, _FLAGS, dir_fd=directory)
     try:
-        if calls.on_nfs(descriptor):
+        outlive = calls.on_nfs(descriptor)
+        if outlive:
             os.pread(descriptor, 1, 0)
+        return outlive
     finally:
         os.close(descriptor)

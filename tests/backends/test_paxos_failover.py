@@ -23,7 +23,7 @@ from tests.conftest import ExpectLog
 
 from .conformance import EXCLUSIVE, IMAGE, SHARED, acquire, convert, recall, refused
 from .makers import PaxosHost, PaxosMaker
-from .test_paxos_backend import DEAD_S, EIO, FAILS_S, lease_file, taken_within
+from .test_paxos_backend import DEAD_S, EIO, FAILS_S, leader, lease_file, taken_within
 
 LOG = "lockfs.paxos"
 COMEBACK_S = 38.0
@@ -314,6 +314,37 @@ async def test_what_cannot_be_settled_at_first_is_settled_later(any_maker: Paxos
         await two.backend.release(await taken_within(any_maker, two, 5.0))
         await one.backend.release(await acquire(any_maker, one, name="b.img"))
         assert one.memory.items("backend:lease:") == {}
+
+
+async def test_what_nobody_recalled_is_had_again_as_it_is(maker: PaxosMaker) -> None:
+    """An open that was being granted comes back: its lease is had as it is, and nobody else got it."""
+    async with maker.hosts(2) as (one, two):
+        await acquire(maker, one)
+        had = leader(maker, one.image(IMAGE).inode)
+        await maker.succeed(one)
+        await maker.run(one)
+        await refused(maker, two)
+        lease = await acquire(maker, one)
+        assert leader(maker, one.image(IMAGE).inode) == had
+        await one.backend.settle()
+        holder = await refused(maker, two)
+        assert "host0" in holder
+        await one.backend.release(lease)
+        await two.backend.release(await acquire(maker, two))
+        assert one.memory.items("backend:lease:") == {}
+
+
+async def test_what_nobody_recalled_is_put_in_order_for_who_shares(any_maker: PaxosMaker) -> None:
+    """A lease that was for one alone is given back before it is shared."""
+    async with any_maker.hosts(2) as (one, two):
+        await acquire(any_maker, one)
+        await any_maker.succeed(one)
+        await any_maker.run(one)
+        shared = await acquire(any_maker, one, SHARED)
+        also = await acquire(any_maker, two, SHARED)
+        await one.backend.release(shared)
+        await two.backend.release(also)
+        await two.backend.release(await acquire(any_maker, two))
 
 
 async def test_a_recalled_lease_can_be_lost_and_followed(maker: PaxosMaker, expect_log: ExpectLog) -> None:

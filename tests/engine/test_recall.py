@@ -161,6 +161,145 @@ def test_a_kill_while_it_is_released(shared: bool, kill: Kill) -> None:
         raise AssertionError("a release has more I/Os than were looked at")
 
 
+async def take_and_release(resource: Resource) -> None:
+    await resource.acquire(give_up_at=FOREVER)
+    await resource.release()
+
+
+@KILLS
+@pytest.mark.parametrize("watched", [False, True], ids=["alone", "watched"])
+@pytest.mark.parametrize("before", [False, True], ids=["new", "had before"])
+def test_what_was_begun_is_gone_on_with(before: bool, watched: bool, kill: Kill) -> None:
+    """A kill at every I/O of a taking and a release, and the next process wants the lease. Once it was won,
+    and until it was let go of, nothing is written for that, and the rival never gets it.
+    """
+    kept = carried_on = 0
+    for nth in range(1, IOS_MAX):
+        world, one, two = two_hosts()
+        rival, resource = Rival(two), one.resource()
+        if before:
+            run(take_and_release(resource))
+        if not killed(one, take_and_release(resource), nth, kill):
+            break
+        owned, record = world.leader(), world.record(1)
+        in_hand = bool(owned.timestamp) and not record.dblock.released
+        one = successor(one)
+        resource = one.resource()
+        if watched:
+            rival.watches(one)
+        run(take_over(resource, one.lockspace))
+        began = len(world.io)
+        run(acquire(resource, shared=False))
+        one.disk.no_more_faults()
+        if in_hand:
+            written = [io for io in world.writes(began) if io.host == one.host_id]
+            assert (written, rival.won, resource.leader) == ([], 0, owned)
+            kept += 1
+        elif record.dblock.bal and not record.dblock.released and not rival.won:
+            written = [io for io in world.writes(began) if io.host == one.host_id]
+            # The rival may have decided it for us meanwhile.
+            assert len(written) in ((0, 3) if watched else (3,)), "more than one ballot and its commit"
+            carried_on += 1
+        assert (resource.hold, resource.unsettled) == (Hold.EXCLUSIVE, False)
+        won = rival.won
+        assert not rival.tries()
+        run(resource.release())
+        assert rival.tries() and rival.won == won + 1
+    else:
+        raise AssertionError("a taking and a release have more I/Os than were looked at")
+    assert kept and carried_on
+
+
+def test_what_was_won_is_not_had_beside_a_sharer() -> None:
+    """The kill came before it was looked who shares the lease."""
+    world, one, two = two_hosts()
+    sharer = two.resource()
+    run(acquire(sharer, shared=True))
+    for nth in range(1, IOS_MAX):
+        one.disk.fail(Kill.AFTER.value, nth=nth)
+        try:
+            run(acquire(one.resource(), shared=False))
+        except Cancelled:
+            pass
+        except Refused:
+            break
+        one.disk.no_more_faults()
+        owner = world.leader()
+        one = successor(one)
+        resource = one.resource()
+        run(take_over(resource, one.lockspace))
+        with pytest.raises(Refused):
+            run(acquire(resource, shared=False))
+        assert resource.hold is Hold.NONE
+        assert not world.leader().timestamp, owner
+
+
+def test_an_old_version_that_came_back_is_not_gone_on_with() -> None:
+    """It was let go of, and a late commit has put it back; the ballot for the next one dropped the mark."""
+    world, one, two = two_hosts()
+    run(take_and_release(resource := one.resource()))
+    old = replace(
+        world.leader(), timestamp=5, owner_id=1, owner_generation=one.lockspace.generation, write_id=2
+    )
+    for nth in range(1, IOS_MAX):
+        if not killed(one, acquire(resource, shared=False), nth, Kill.AFTER):
+            raise AssertionError("no kill came between the two phases")
+        if world.record(1).dblock.lver == old.lver + 1:
+            break
+        one = successor(one)
+        resource = one.resource()
+        run(take_over(resource, one.lockspace))
+        run(resource.settle())
+    other = two.resource()
+    run(acquire(other, shared=False))
+    world.change_leader(old)
+    one = successor(one)
+    resource = one.resource()
+    run(take_over(resource, one.lockspace))
+    with pytest.raises(Refused):
+        run(acquire(resource, shared=False))
+
+
+def test_what_was_being_let_go_of_is_not_gone_on_with() -> None:
+    """The mark stands in our sector. A late commit of the version by another host would make it count."""
+    world, one, two = two_hosts()
+    run(acquire(resource := one.resource(), shared=False))
+    assert killed(one, resource.release(), 1, Kill.AFTER) and world.record(1).dblock.released
+    one = successor(one)
+    resource, late = one.resource(), replace(world.leader(), write_id=2)
+    run(take_over(resource, one.lockspace))
+    run(acquire(resource, shared=False))
+    if world.leader().lver == late.lver:
+        world.change_leader(late)
+    assert not Rival(two).tries()
+
+
+def test_a_conversion_is_not_gone_on_with() -> None:
+    """Whoever has it for itself must not be told as one of those who share it."""
+    for nth in range(1, IOS_MAX):
+        world, one, _ = two_hosts()
+        run(acquire(resource := one.resource(), shared=True))
+        if not killed(one, convert(resource, shared=False), nth, Kill.AFTER):
+            break
+        one = successor(one)
+        resource = one.resource()
+        run(take_over(resource, one.lockspace))
+        run(acquire(resource, shared=False))
+        assert not world.record(1).mode.shared
+
+
+def test_to_share_it_what_was_begun_is_put_in_order_first() -> None:
+    """Only who wants it alone goes on."""
+    _, one, two = two_hosts()
+    run(acquire(one.resource(), shared=False))
+    one = successor(one)
+    resource = one.resource()
+    run(take_over(resource, one.lockspace))
+    run(acquire(resource, shared=True))
+    run(acquire(two.resource(), shared=True))
+    assert resource.hold is Hold.SHARED
+
+
 @KILLS
 @MODES
 @pytest.mark.parametrize("again", [True, False], ids=["converted again", "released"])

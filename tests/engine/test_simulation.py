@@ -23,6 +23,8 @@ FIRST = int(os.environ.get("LOCKFS_SIM_FIRST", "0"))
 CHUNK = 25
 HALTS = int(os.environ.get("LOCKFS_SIM_HALTS", "100"))
 """Seeds in which hosts stand still together with their clocks."""
+SUCCESSORS = int(os.environ.get("LOCKFS_SIM_SUCCESSORS", "100"))
+"""Seeds in which processes are killed while they take, hold or release leases, and others go on."""
 MODEST = 50
 """Seeds that are enough for every kind of event to have come up."""
 REPLAYED = (3, 17, 42)
@@ -46,6 +48,12 @@ def test_hosts_that_stood_still_with_their_clocks_notice() -> None:
     outcomes = [_clean(simulate(seed, make=partial(World, halts=True))) for seed in range(HALTS)]
     assert any(outcome.stale_after_halts for outcome in outcomes)
     assert any(outcome.confirmed for outcome in outcomes)
+
+
+def test_processes_that_go_on_for_killed_ones() -> None:
+    """They know nothing but what lies on the storage."""
+    outcomes = [_clean(simulate(seed, make=partial(World, successors=True))) for seed in range(SUCCESSORS)]
+    assert sum(outcome.succeeded for outcome in outcomes) > len(outcomes)
 
 
 @pytest.mark.parametrize("seed", sorted(REGRESSIONS))

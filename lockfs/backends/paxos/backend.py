@@ -45,6 +45,7 @@ from lockfs.backends.remembered import Ledger, Stage
 from lockfs.backends.requests import Requests
 from lockfs.backends.state import StateDirectory
 from lockfs.errors import BackendError, SetupError
+from lockfs.linux import calls
 from lockfs.paxos import breaking
 from lockfs.paxos.errors import Refused
 from lockfs.paxos.resource import Hold, Resource
@@ -97,6 +98,7 @@ class PaxosBackend(Backend):
         self._options = options
         self._store_fd = store_fd
         self._store = store
+        self._local = calls.in_memory(store_fd)
         self._clock = clock or BootClock()
         self._random = random or SystemRandom()
         instance = re.sub(r"[^A-Za-z0-9-]", "_", host)[:64] + "-" + secrets.token_hex(6)
@@ -231,7 +233,7 @@ class PaxosBackend(Backend):
         async with self._unsettled.turn(image.inode):
             if image.inode in self._leases:
                 raise BackendError(f"{image.name} is already leased by this mount.")
-            await self._settle_former(image.inode, epoch)
+            await self._go_on(image.inode, epoch)
             hand = await self._taken_hand(image, mode, epoch, deadline)
             place, resource = hand.place, hand.resource
             lease = PaxosLease(image, mode, owner, epoch.state, place=place, resource=resource, epoch=epoch)
@@ -239,9 +241,17 @@ class PaxosBackend(Backend):
             self._links.pop(image.inode, None)
             self._leases[image.inode] = lease
             self._note(lease, Stage.HELD)
-            with trio.CancelScope(shield=True):  # whoever reads it is told no wrong name
-                await self._in_thread(self._records.write, image.inode, mode, owner, image.path)
+            await self._record(lease)
             return lease
+
+    async def _record(self, lease: PaxosLease) -> None:
+        """Tell who has the lease."""
+        image, owner = lease.image, lease.owner
+        exclusive = lease.mode is Mode.EXCLUSIVE
+        if exclusive and self._local and self._records.write_at_once(image.inode, owner, image.path):
+            return
+        with trio.CancelScope(shield=True):  # whoever reads it is told no wrong name
+            await self._in_thread(self._records.write, image.inode, lease.mode, owner, image.path)
 
     async def _taken_hand(self, image: Image, mode: Mode, epoch: Epoch, deadline: float) -> Hand:
         """A hand that holds the lease. Whatever it had begun to take when it fails is noted, and settled."""
@@ -364,10 +374,9 @@ class PaxosBackend(Backend):
                 held.mode = Mode.EXCLUSIVE
             self._note(held, Stage.CONVERTING if resource.unsettled else Stage.HELD)
         held.mode = mode
-        image, owner = held.image, held.owner
+        await self._record(held)
         with trio.CancelScope(shield=True):
-            await self._in_thread(self._records.write, image.inode, mode, owner, image.path)
-            await self._in_thread(self._records.remove, image.inode, old)
+            await self._in_thread(self._records.remove, held.image.inode, old)
 
     async def _settle_shared(self, resource: Resource) -> None:
         """Put in order what a conversion left; a lease whose release failed is its releaser's business."""
@@ -392,8 +401,14 @@ class PaxosBackend(Backend):
         async with self._unsettled.turn(inode):
             if held.state is not LeaseState.RELEASED:
                 self._note(held, Stage.ENDING)
-                await self._in_thread(self._records.remove, inode, held.mode)
+                await self._tell_no_more(inode, held.mode)
                 await self._release(held, inode)
+
+    async def _tell_no_more(self, inode: int, mode: Mode) -> None:
+        """Take back what was told of who has a lease."""
+        exclusive = mode is Mode.EXCLUSIVE
+        if not (exclusive and self._local and self._records.remove_at_once(inode)):
+            await self._in_thread(self._records.remove, inode, mode)
 
     async def _release(self, held: PaxosLease, inode: int) -> None:
         try:
@@ -459,15 +474,22 @@ class PaxosBackend(Backend):
 
     async def _settle_former(self, inode: int, epoch: Epoch) -> None:
         """For who has the turn: put in order what a former worker left of the lease of the inode."""
+        await self._go_on(inode, epoch)
+        hand = await self._unsettled.take_up(inode, epoch)
+        if hand is not None:
+            await self._unsettled.put_back(inode, hand)
+
+    async def _go_on(self, inode: int, epoch: Epoch) -> None:
+        """For who has the turn: take up what a former worker left of the lease of the inode."""
         note = self._former.note(inode)
         if note is None:
             return
         if note.in_hand and is_of(note, epoch):  # only then is the record there, and ours for certain
             for mode in Mode if note.stage is Stage.CONVERTING else (note.mode,):
-                await self._in_thread(self._records.remove, inode, mode)
+                await self._tell_no_more(inode, mode)
         hand = await self._former.take_over(inode, epoch, self._opened())
         if hand is not None:
-            await self._unsettled.put_back(inode, hand)
+            self._unsettled.leave(inode, hand)
 
     # Telling, asking
 

@@ -160,6 +160,7 @@ class FileLayout(Layout):
         self._limiter = trio.CapacityLimiter(FILE_THREADS)
         self._lockspace_disk: DirectDisk | None = None
         self._crew: Crew | None = None
+        self._writes_outlive = True  # until a look has shown that they do not, as on local file systems
 
     async def start(self) -> Area:
         """Open or make the lockspace; see Layout.start."""
@@ -222,11 +223,13 @@ class FileLayout(Layout):
 
     async def quiet(self, name: bytes | None) -> None:
         """Wait for late writes to the lease's file, or the lockspace's; see Layout.quiet."""
+        if not self._writes_outlive:
+            return
         file = self._naming.lockspace_file if name is None else name
         crew = self._crew = self._crew or Crew(Workers("leases", PLACES), Buffers())
         look = partial(wait_for_writes, file, self._directory.descriptor)
         try:
-            await crew.workers.run(look, self._options.io_timeout)
+            self._writes_outlive = await crew.workers.run(look, self._options.io_timeout)
         except FileNotFoundError:
             return
         except (OSError, NotInTime, WorkersStopped) as error:

@@ -134,8 +134,8 @@ class FormerLeases:
             return False
 
     async def take_over(self, inode: int, epoch: Epoch, layout: Layout) -> Hand | None:
-        """This host's hand on a lease that a former worker had, or may have, begun to take, to be settled;
-        None if there is nothing to settle.
+        """This host's hand on a lease that a former worker had, or may have, begun to take, to be settled or
+        gone on with; None if there is neither.
 
         Raises:
             BackendError: the storage does not answer; to be called again.

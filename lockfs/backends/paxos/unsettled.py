@@ -109,6 +109,10 @@ class Unsettled:
             if self._hands.get(inode) is hand and hand.removing:
                 raise BackendError("The lease is being removed, and the storage does not answer; try again.")
 
+    def leave(self, inode: int, hand: Hand) -> None:
+        """Leave a hand on the lease, to be taken up at once."""
+        self._hands[inode] = hand
+
     async def put_back(self, inode: int, hand: Hand) -> None:
         """Give a lease up after a failure, also in a cancelled task; what does not succeed is tried later."""
         self._hands[inode] = hand

@@ -14,10 +14,11 @@ def main() -> int:
     parser.add_argument("seeds", metavar="SEED", nargs="+", help="a number, or FIRST-LAST")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every event")
     parser.add_argument("--halts", action="store_true", help="hosts stand still together with their clocks")
+    parser.add_argument("--successors", action="store_true", help="processes are killed and others go on")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--trace", action="store_true", help="print the trace hash of each seed")
     options = parser.parse_args()
-    make = partial(World, halts=options.halts)
+    make = partial(World, halts=options.halts, successors=options.successors)
     failed = 0
     for words in options.seeds:
         first, _, last = words.partition("-")

@@ -11,7 +11,8 @@ from lockfs.errors import BackendError
 from lockfs.paxos.area import Area
 from lockfs.paxos.errors import LockspaceFailed
 from lockfs.paxos.lockspace import Lockspace, Standing, free_ids, survey
-from lockfs.paxos.resource import Hold
+from lockfs.paxos.recall import take_over
+from lockfs.paxos.resource import Hold, Resource
 from lockfs.paxos.timing import Timing
 from lockfs.records.geometry import FILE_GEOMETRY
 from lockfs.records.results import RecordError
@@ -27,6 +28,8 @@ RETRY_S = 0.5
 POLL_S = 0.1
 CONFIRM_S = 2.0
 LONG_HOLD = 80
+SUCCEEDED = 0.4
+"""How often a process is killed in the middle of a use, in worlds with successors."""
 PAUSES_WHILE_JOINING = 0.4
 
 
@@ -47,20 +50,22 @@ class Session:
         self.workers = 0
         self.holders: set[int] = set()
         """Leases whose `Resource` may show a hold; the witness looks at no others."""
-        self.resources = {
-            lease: world.resource_class(
-                Area(program.disk, lease_offset(lease), FILE_GEOMETRY, program.machine.io_timeout),
-                lockspace,
-                lease_name(lease),
-                Random(world.scheduler.random.getrandbits(32)),
-                HOST_IDS,
-            )
-            for lease in range(world.faults.leases)
-        }
+        self.resources = {lease: self.resource(lease) for lease in range(world.faults.leases)}
         self.pending = dict.fromkeys(self.resources, 0)
         self.looks = False
         self._busy: set[int] = set()
         self._proving = False
+
+    def resource(self, lease: int) -> Resource:
+        """A fresh object for the lease."""
+        program, world = self.program, self.program.world
+        return world.resource_class(
+            Area(program.disk, lease_offset(lease), FILE_GEOMETRY, program.machine.io_timeout),
+            self.lockspace,
+            lease_name(lease),
+            Random(world.scheduler.random.getrandbits(32)),
+            HOST_IDS,
+        )
 
     @asynccontextmanager
     async def turn(self, lease: int) -> AsyncIterator[None]:
@@ -262,12 +267,39 @@ class Program:
             shared = random.random() < faults.shared
             patience = 2.0 * faults.dead if self.world.halts else random.choice((0.0, 1.0, 2.0 * faults.dead))
             session.holders.add(lease)
-            if await self._try(
+            taken = await self._try(
                 session, lease, resource.acquire(shared=shared, give_up_at=self._until(patience))
-            ):
+            )
+            if taken:
                 await self._hold(session, lease)
+            if self.world.successors and random.random() < SUCCEEDED:
+                resource = await self._succeed(session, lease)
             await self._end_use(session, lease)
             session.holders.discard(lease)
+
+    async def _succeed(self, session: Session, lease: int) -> Resource:
+        """As if the process had been killed here: the next one goes on with what this one had begun or had.
+
+        It has no other memory than what lies on the storage. What the killed one had written to the image has
+        landed before, and so may a release have begun.
+        """
+        random, resource = self.random, session.resources[lease]
+        await self._drain(session, lease)
+        if random.random() < 0.3:
+            await self._try(session, lease, resource.release())
+        session.resources[lease] = resource = session.resource(lease)
+        while not session.over:
+            if await self._try(session, lease, take_over(resource, session.lockspace)):
+                break
+            await self.clock.sleep(RETRY_S)
+        shared = random.random() < self.world.faults.shared
+        give_up_at = self._until(random.choice((0.0, 1.0)))
+        if not session.over and await self._try(
+            session, lease, resource.acquire(shared=shared, give_up_at=give_up_at)
+        ):
+            self.world.succeeded += 1
+            await self._hold(session, lease)
+        return resource
 
     def _until(self, patience: float) -> float:
         return self.clock.now() + patience if patience else 0.0

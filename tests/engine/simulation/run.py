@@ -40,6 +40,7 @@ class Outcome:
     image_writes: int
     late_image_writes: int
     stale_after_halts: int
+    succeeded: int
     confirmed: int
     faulted: bool
     events: list[str] = field(repr=False, default_factory=list)
@@ -60,6 +61,7 @@ class World:
         show: Callable[[str], None] | None = None,
         ordered: bool = True,
         halts: bool = False,
+        successors: bool = False,
         lockspace_class: type[Lockspace] = Lockspace,
         resource_class: type[Resource] = Resource,
     ) -> None:
@@ -74,6 +76,7 @@ class World:
         self.lockspace_class, self.resource_class = lockspace_class, resource_class
         self.quiet = False
         self.halts = halts
+        self.successors, self.succeeded = successors, 0
         self._numbers = 0
         self._satisfied: set[tuple[int, int]] = set()
         self._format()
@@ -309,6 +312,7 @@ def simulate(
         image_writes=witness.image_writes,
         late_image_writes=witness.late_image_writes,
         stale_after_halts=witness.stale_after_halts,
+        succeeded=world.succeeded,
         confirmed=witness.confirmed,
         faulted=bool(witness.faulted),
         events=list(scheduler.events),

@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-from lockfs.paxos import contest, liveness, lockspace, resource
+from lockfs.paxos import contest, liveness, lockspace, recall, resource
 from lockfs.paxos.ballot import Ballot, Pen, Value
 from lockfs.paxos.contest import Bid, Contest, Go, Survey
 from lockfs.paxos.liveness import OwnerCheck, Verdict
 from lockfs.paxos.lockspace import Lockspace, Standing
 from lockfs.paxos.pace import Pace
-from lockfs.paxos.resource import Resource
+from lockfs.paxos.resource import Begun, Resource
 from lockfs.paxos.seams import Plan
 from lockfs.paxos.timing import Timing
 from lockfs.records import sectors
@@ -39,6 +39,7 @@ class Variant:
     patches: tuple[Patch, ...]
     ordered: bool = True
     halts: bool = False
+    successors: bool = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -50,12 +51,31 @@ class Variant:
 
     def first_caught(self, first: int = 0) -> Outcome | None:
         """The first of its seeds from `first` on that shows a violation."""
+        make = partial(World, ordered=self.ordered, halts=self.halts, successors=self.successors)
         with self.installed():
             for seed in range(first, first + self.seeds):
-                outcome = simulate(seed, make=partial(World, ordered=self.ordered, halts=self.halts))
+                outcome = simulate(seed, make=make)
                 if outcome.violations:
                     return outcome
         return None
+
+
+# What a former process had begun
+
+
+_begun = recall._begun
+
+
+def _whatever_is_owned(lockspace: Lockspace, now: Leader, own: HostRecord, sharers: frozenset[int]) -> Begun:
+    us = (lockspace.host_id, lockspace.generation)
+    owns = now.timestamp and (now.owner_id, now.owner_generation) == us
+    return Begun(now if owns else None, sharers)
+
+
+def _beside_nobody(
+    lockspace: Lockspace, now: Leader, own: HostRecord, sharers: frozenset[int]
+) -> Begun | None:
+    return _begun(lockspace, now, own, frozenset())
 
 
 # Ballots
@@ -255,6 +275,15 @@ VARIANTS = (
         "leader left as it is when settling", 100, ((Resource, "_put_in_order", _settled_without_waiting),)
     ),
     Variant("writes of one sector in any order", 500, (), ordered=False),
+    Variant(
+        "all that is owned is gone on with", 2000, ((recall, "_begun", _whatever_is_owned),), successors=True
+    ),
+    Variant(
+        "gone on with though sharers were not looked for",
+        500,
+        ((recall, "_begun", _beside_nobody),),
+        successors=True,
+    ),
     Variant("pace not compared with others'", 200, ((Pace, "_ahead", _never_ahead),), halts=True),
     Variant(
         "written under what was not confirmed",
