@@ -106,6 +106,8 @@ def test_a_failure_tells_how_to_see_it_again() -> None:
     )
     assert "something" in outcome.story() and "last event" in outcome.story()
     assert "python -m tests.engine.simulation 7 -v" in outcome.story()
+    outcome.kind = " --successors"
+    assert "python -m tests.engine.simulation 7 --successors -v" in outcome.story()
 
 
 def test_a_clock_never_steps_back() -> None:

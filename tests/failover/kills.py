@@ -434,6 +434,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments; 0: any")
     parser.add_argument("--without-guests", action="store_true")
     parser.add_argument("--without-fio", action="store_true")
+    parser.add_argument("--only", default="", help="of the first mount's programs these, with commas between")
     parser.add_argument("--limits", action="store_true", help="stalls beyond the limits are a failure")
     parser.add_argument("--base", type=Path, help="a directory to work in; default: a temporary one")
     parser.add_argument("--keep", action="store_true", help="leave the directory, with all logs, behind")
@@ -444,6 +445,7 @@ def main() -> int:
     plan = Plan(
         arguments.count, arguments.whom, arguments.seconds, arguments.pause,
         fio=not arguments.without_fio, guests=not arguments.without_guests, seed=arguments.seed,
+        only=tuple(arguments.only.split(",")) if arguments.only else (),
     )  # fmt: skip
     try:
         report = Run(MountRig(base, arguments.io, arguments.backend), plan, base).go()

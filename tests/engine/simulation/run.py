@@ -40,15 +40,16 @@ class Outcome:
     image_writes: int
     late_image_writes: int
     stale_after_halts: int
-    succeeded: int
     confirmed: int
     faulted: bool
     events: list[str] = field(repr=False, default_factory=list)
+    succeeded: int = 0
+    kind: str = ""
 
     def story(self) -> str:
         """The failure for people: what, the last events before it, and how to see it again."""
         lines = [f"seed {self.seed}:", *self.violations, "", *self.events, ""]
-        return "\n".join([*lines, f"python -m tests.engine.simulation {self.seed} -v"])
+        return "\n".join([*lines, f"python -m tests.engine.simulation {self.seed}{self.kind} -v"])
 
 
 class World:
@@ -313,6 +314,7 @@ def simulate(
         late_image_writes=witness.late_image_writes,
         stale_after_halts=witness.stale_after_halts,
         succeeded=world.succeeded,
+        kind=" --halts" * world.halts + " --successors" * world.successors,
         confirmed=witness.confirmed,
         faulted=bool(witness.faulted),
         events=list(scheduler.events),
