@@ -6,10 +6,8 @@ held the lease: the leader, if it is the owner; its own sector in any case.
 
 from __future__ import annotations
 
-from lockfs.paxos.area import Area
 from lockfs.paxos.lockspace import Lockspace
 from lockfs.paxos.resource import Begun, Hold, Resource
-from lockfs.paxos.seams import Plan
 from lockfs.records import sectors
 from lockfs.records.sectors import HostRecord, Leader
 
@@ -25,19 +23,21 @@ async def recall(
     Raises:
         RecordError, DiskError, DiskTimeout.
     """
-    area, now, own = await resource.area.disk.carry_out(_look(resource.area, lockspace, resource.name))
+    suspicions = lockspace.pace.suspicions
+    now, own, _ = await resource.area.disk.carry_out(resource.looking())
+    area = resource.area
     here = (lockspace.host_id, lockspace.generation)
     let_go = now.write_id != lockspace.host_id and own.dblock.released
     owns = bool(now.timestamp) and (now.owner_id, now.owner_generation) == here and not let_go
     shares = own.mode.shared and own.mode.generation == lockspace.generation
     if shares and (converting or hold is Hold.SHARED):
-        resource.restore(area, Hold.SHARED, leader, own, unsettled=converting or owns)
+        resource.restore(area, Hold.SHARED, leader, own, unsettled=converting or owns, suspicions=suspicions)
         return True
     same = converting or (hold is Hold.EXCLUSIVE and now.lver == leader.lver)
     if owns and same and not shares:
-        resource.restore(area, Hold.EXCLUSIVE, now, own, unsettled=False)
+        resource.restore(area, Hold.EXCLUSIVE, now, own, unsettled=False, suspicions=suspicions)
         return True
-    resource.restore(area, Hold.NONE, None, own, unsettled=True)
+    resource.restore(area, Hold.NONE, None, own, unsettled=True, suspicions=suspicions)
     return False
 
 
@@ -48,9 +48,10 @@ async def take_over(resource: Resource, lockspace: Lockspace) -> None:
     Raises:
         RecordError, DiskError, DiskTimeout.
     """
+    suspicions = lockspace.pace.suspicions
     now, own, sharers = await resource.area.disk.carry_out(resource.looking())
     begun = _begun(lockspace, now, own, sharers)
-    resource.restore(resource.area, Hold.NONE, None, own, unsettled=True, begun=begun)
+    resource.restore(resource.area, Hold.NONE, None, own, unsettled=True, suspicions=suspicions, begun=begun)
 
 
 def _begun(lockspace: Lockspace, now: Leader, own: HostRecord, sharers: frozenset[int]) -> Begun | None:
@@ -67,13 +68,3 @@ def _begun(lockspace: Lockspace, now: Leader, own: HostRecord, sharers: frozense
     if owns and current and not now.flags & sectors.SHORT_HOLD:
         return Begun(now, sharers)
     return Begun(None)
-
-
-def _look(area: Area, lockspace: Lockspace, name: bytes) -> Plan[tuple[Area, Leader, HostRecord]]:
-    leader = sectors.decode_leader((yield from area.reading(sectors.LEADER_SECTOR)))
-    area.check(sectors.LEADER_SECTOR, sectors.check_paxos, leader, lockspace.name, name, lockspace.host_id)
-    area = area.shaped(leader.geometry)
-    sector = sectors.host_sector(lockspace.host_id)
-    own = sectors.decode_host((yield from area.reading(sector)))
-    area.check(sector, sectors.check_dblock, own.dblock)
-    return area, leader, own

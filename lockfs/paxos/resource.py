@@ -122,9 +122,11 @@ class Resource:
         if self.hold is not Hold.NONE:
             raise EngineError(Result.GENERAL, f"lease {sectors.shown(self.name)} is held already")
         self._lockspace.require()
-        # As of now: of what comes while it is being taken, the hold must be cleared afterwards.
-        self._suspicions, self._doubted = self._lockspace.pace.suspicions, False
         begun, self._begun = self._begun, None
+        if begun is None or begun.won is None or shared:
+            # As of now: of what comes while it is being taken, the hold must be cleared afterwards. That a
+            # version was won is known from before, so what came since must be cleared as well.
+            self._suspicions, self._doubted = self._lockspace.pace.suspicions, False
         if begun is None or shared:
             await self.settle()
         if shared:
@@ -193,7 +195,7 @@ class Resource:
 
         `goes_on`: what this host has proposed for it so far was not let go of.
         """
-        for first in (True, *[False] * (ROUNDS_MAX - 1)):
+        for number in range(ROUNDS_MAX):
             go = await self._go(mode, give_up_at, short=short)
             survey = go.bid.survey
             if go.leader is None:
@@ -201,7 +203,7 @@ class Resource:
                     break
                 continue
             self.followed, self._contest.last = survey.leader, go.leader
-            if not survey.is_stale or (goes_on and first):
+            if not survey.is_stale or (goes_on and number == 0):
                 return go.leader, go.sharers
             await self._carry_out(self._give_back(go.leader, mode))
         raise Refused(Result.LOST_VERSION, "other hosts are quicker", leader=survey.leader)
@@ -432,14 +434,16 @@ class Resource:
         written: HostRecord,
         *,
         unsettled: bool,
+        suspicions: int,
         begun: Begun | None = None,
     ) -> None:
         """Go on for a former process of this host: with what it held, and what it wrote last (recall.py).
 
-        What it had `begun` to take can be gone on with by the next `acquire`, if that comes before `settle`.
+        `suspicions`: how many there were before the lease was looked at. What it had `begun` to take can be
+        gone on with by the next `acquire`, if that comes before `settle`.
         """
         self.hold, self.leader, self._begun = hold, leader, begun
-        self._suspicions, self._doubted = self._lockspace.pace.suspicions, False
+        self._suspicions, self._doubted = suspicions, False
         self._contest.area, self._contest.written, self._contest.unsettled = area, written, unsettled
 
     def looking(self) -> Plan[tuple[Leader, HostRecord, frozenset[int]]]:

@@ -274,6 +274,34 @@ def test_what_was_being_let_go_of_is_not_gone_on_with() -> None:
     assert not Rival(two).tries()
 
 
+@pytest.mark.parametrize("during", [True, False], ids=["during the look", "after the look"])
+def test_what_was_won_must_be_confirmed_after_a_suspicion(during: bool) -> None:
+    """A host that stood still after it had looked may have been taken for dead."""
+    _, one, _ = two_hosts()
+    run(acquire(one.resource(), shared=False))
+    one = successor(one)
+    resource, pace = one.resource(), one.lockspace.pace
+    if during:
+        one.disk.before(lambda: pace.suspect("just now"), "read")
+    run(take_over(resource, one.lockspace))
+    if not during:
+        pace.suspect("just now")
+    run(acquire(resource, shared=False))
+    assert resource.hold is Hold.EXCLUSIVE and not resource.proven
+
+
+def test_a_recalled_lease_must_be_confirmed_after_a_suspicion() -> None:
+    """Also one that came during the look."""
+    _, one, _ = two_hosts()
+    run(acquire(first := one.resource(), shared=False))
+    hold, record = known(first)
+    one = successor(one)
+    resource = one.resource()
+    one.disk.before(lambda: one.lockspace.pace.suspect("just now"), "read")
+    assert run(recall(resource, one.lockspace, hold, record, converting=False))
+    assert not resource.proven
+
+
 def test_a_conversion_is_not_gone_on_with() -> None:
     """Whoever has it for itself must not be told as one of those who share it."""
     for nth in range(1, IOS_MAX):
