@@ -99,7 +99,7 @@ def _flush(descriptor: int) -> None:
     """Bring the file's data to the storage, through an open file of its own: the kernel tells an error that
     lies behind once through each, and through its own a guest must still be told of it.
     """
-    flushing = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    flushing = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         os.fsync(flushing)
     finally:

@@ -411,6 +411,19 @@ async def test_settle_and_surroundings(bench: Bench, tmp_path: Path) -> None:
         assert ask.still_written(inode)
 
 
+async def test_settling_takes_no_error_from_a_guest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells an error once through each open file: the image is flushed through one of its own."""
+    path, flushed = bench.write("image"), []
+    fh = await bench.open("image", os.O_RDWR)
+    own = [handle.descriptor for handle in bench.mirror.surroundings._handles.all()]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: flushed.append((fd, os.fstat(fd).st_ino)))
+        bench.mirror.surroundings.settle(path.stat().st_ino)
+    assert [inode for _, inode in flushed] == [path.stat().st_ino]
+    assert not {fd for fd, _ in flushed} & set(own)
+    await bench.mirror.release(fh)
+
+
 async def test_refusals_of_a_shut_gate_are_passed_on(bench: Bench) -> None:
     """A truncation through a handle whose gate is shut fails with the gate's own error."""
     path = bench.write("image", b"data")
