@@ -211,6 +211,20 @@ class Backend(ABC):
     patience: float = 0.0
     """How long at least, in seconds, a write waits for a lease that is held but in doubt."""
 
+    @property
+    def binds(self) -> bool:
+        """Whether `bind` does anything."""
+        return False
+
+    def bind(self, descriptor: int) -> None:  # noqa: B027  (optional)
+        """Have the storage itself refuse what is written through a description, as soon as it has given this
+        host's leases away. The description may have been bound before; it ends with it. Called on a worker
+        thread, while nothing is written through it.
+
+        Raises:
+            OSError: the storage refused that.
+        """
+
     async def start(  # noqa: B027  (optional)
         self, on_change: LeaseEvent, memory: Memory | None = None
     ) -> None:

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 import trio
 
-from lockfs.backends import image_locks, sightings
+from lockfs.backends import bound, image_locks, sightings
 from lockfs.backends.base import (
     Backend,
     Evidence,
@@ -95,7 +95,7 @@ class FcntlBackend(Backend):
         self._ledger = Ledger(Forgetful())
         self._succeeds = False
         self._lock_files: LockDirectory | None = None
-        self._former = FormerLocks(self._ledger, self._parties, self._records, None)
+        self._former = FormerLocks(self._ledger, self._parties, self._records, None, self._looks)
         self._leases: dict[int, FcntlLease] = {}
         self._limiter = trio.CapacityLimiter(LOCK_THREADS)
         self._on_change: LeaseEvent = lambda lease: None
@@ -112,7 +112,7 @@ class FcntlBackend(Backend):
         instance, self._succeeds = self._ledger.instance(self._instance)
         self._name_files(instance)
         await self._in_thread(self._prepare)
-        self._former = FormerLocks(self._ledger, self._parties, self._records, self._lock_files)
+        self._former = FormerLocks(self._ledger, self._parties, self._records, self._lock_files, self._looks)
 
     def _prepare(self) -> None:
         if not self._succeeds:
@@ -163,6 +163,16 @@ class FcntlBackend(Backend):
         if self._lock_files is not None:
             self._lock_files.close()
             self._lock_files = None
+
+    @property
+    def binds(self) -> bool:
+        """See Backend.binds."""
+        return self._looks is not None and self._looks.binds
+
+    def bind(self, descriptor: int) -> None:
+        """See Backend.bind."""
+        if self.binds:
+            bound.bind(descriptor)
 
     async def acquire(self, image: Image, mode: Mode, owner: Owner, deadline: float) -> FcntlLease:
         """Take the lease in one attempt; see Backend.acquire. A lock call has no deadline of its own.
@@ -349,6 +359,8 @@ class FcntlBackend(Backend):
         image = lease.image
         if not image_locks.take(image.descriptor, lease.mode, self._parties):
             return False
+        if self.binds and bound.can_ask(image.descriptor):
+            bound.ask(image.descriptor)  # a client that was away may have granted them by itself
         if self._lock_files is None:
             return True
         lease.lock_file = self._lock_files.take(image.path, lease.mode)

@@ -11,8 +11,8 @@ import logging
 import threading
 from dataclasses import dataclass, field
 
-from lockfs.backends import image_locks
-from lockfs.backends.base import Lease
+from lockfs.backends import bound, image_locks
+from lockfs.backends.base import Lease, Mode
 from lockfs.backends.storecheck import mount_entries
 from lockfs.backends.virtlockd import LockFile
 from lockfs.linux import nfs
@@ -40,10 +40,15 @@ class Look:
 
 
 class Looks:
-    """How long a look counts. Shared by threads."""
+    """How the storage is asked, and how long its answer counts. Shared by threads."""
 
-    def __init__(self, clock: Clock, hardware: WallClock | None, lease_s: float | None = None) -> None:
-        """`lease_s`: the server's lease time, if that is known. Servers wait 90 s by default."""
+    def __init__(
+        self, clock: Clock, hardware: WallClock | None, lease_s: float | None = None, *, binds: bool = False
+    ) -> None:
+        """`lease_s`: the server's lease time, if that is known. Servers wait 90 s by default. `binds`: it
+        refuses what is done through descriptions whose locks it dropped (see bound).
+        """
+        self.binds = binds
         self._clock = clock
         self._hardware = hardware
         self.counts_s = COUNTS_MAX_S if lease_s is None else min(COUNTS_MAX_S, lease_s / LEASE_PART)
@@ -52,8 +57,10 @@ class Looks:
     @classmethod
     def at_store(cls, store_fd: int) -> Looks:
         """As the server of a store allows, by this machine's clocks. Asks no server."""
-        stated = (nfs.lease_time(entry.source) for entry in mount_entries(store_fd))
-        return cls(BootClock(), hardware_clock(), next((each for each in stated if each is not None), None))
+        entries = mount_entries(store_fd)
+        stated = (nfs.lease_time(entry.source) for entry in entries)
+        lease_s = next((each for each in stated if each is not None), None)
+        return cls(BootClock(), hardware_clock(), lease_s, binds=any(e.fstype == nfs.TYPE for e in entries))
 
     def now(self) -> Look:
         """The look of somebody who is about to ask."""
@@ -104,6 +111,18 @@ class FcntlLease(Lease):
         return self.looks is not None and former is not None and not self.looks.counts(former)
 
 
+def still_ours(looks: Looks | None, descriptor: int, mode: Mode) -> bool:
+    """Whether the storage still takes the locks on a description for ours; blocks.
+
+    Raises:
+        OSError: one of image_locks.LOST if it knows that they are lost; others if it did not say.
+    """
+    if looks is not None and looks.binds and bound.can_ask(descriptor):
+        bound.ask(descriptor)
+        return True
+    return image_locks.still_ours(descriptor, mode)
+
+
 @dataclass
 class Probed:
     """What asking the storage has shown. `lost`: whose locks are gone, and why. `shown_again`: whose last
@@ -123,7 +142,7 @@ def probe_all(leases: list[FcntlLease]) -> Probed:
                 continue
             now = lease.looks.now() if lease.looks is not None else None
             try:
-                if not image_locks.still_ours(lease.image.descriptor, lease.mode):
+                if not still_ours(lease.looks, lease.image.descriptor, lease.mode):
                     found.lost.append((lease, "somebody else has locked the image"))
                 elif lease.saw_locks(now):
                     found.shown_again.append(lease)

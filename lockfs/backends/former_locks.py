@@ -17,6 +17,7 @@ import trio
 
 from lockfs.backends import image_locks
 from lockfs.backends.base import Image, Mode
+from lockfs.backends.file_lease import Looks, still_ours
 from lockfs.backends.owners import OwnerRecords
 from lockfs.backends.remembered import Ledger, Note, Stage
 from lockfs.backends.virtlockd import LockDirectory, LockFile
@@ -51,11 +52,13 @@ class FormerLocks:
         parties: image_locks.Parties,
         records: OwnerRecords,
         lock_files: LockDirectory | None,
+        looks: Looks | None,
     ) -> None:
         self._ledger = ledger
         self._parties = parties
         self._records = records
         self._lock_files = lock_files
+        self._looks = looks
         self._left = {inode: _Former(note) for inode, note in ledger.notes().items()}
         self._limiter = trio.CapacityLimiter(SETTLE_THREADS)
 
@@ -113,7 +116,7 @@ class FormerLocks:
         mode = note.mode if note.stage is Stage.HELD else Mode.SHARED
         if note.stage is Stage.CONVERTING:
             image_locks.narrow(image.descriptor, self._parties)
-        ours = image_locks.still_ours(image.descriptor, mode)
+        ours = still_ours(self._looks, image.descriptor, mode)
         if ours and (lock_file is None or lock_file.convert(mode)):
             return Found(mode, note.number("device") or 0, lock_file)
         return None

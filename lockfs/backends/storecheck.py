@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from lockfs.backends.image_locks import OWN_BYTE
 from lockfs.backends.state import STATE_DIR, closing
 from lockfs.errors import SetupError
-from lockfs.linux import calls, ofd
+from lockfs.linux import calls, nfs, ofd
 
 _PROBE_PREFIX = STATE_DIR + b"/probe."
 _MOUNTINFO = "/proc/self/mountinfo"
@@ -90,6 +90,12 @@ def check_store(store_fd: int) -> None:
             raise SetupError(
                 f"The store is on {entry.fstype} ({entry.source}) mounted with {option}, which keeps locks "
                 f"from the other hosts: mount it without {option}, or {_ALONE}."
+            )
+        if entry.fstype == nfs.TYPE and nfs.recovers_lost_locks():
+            raise SetupError(
+                f"The store is on NFS ({entry.source}), and this kernel takes locks that the server gave to "
+                "others anew without a word: write N to /sys/module/nfs/parameters/recover_lost_locks, and "
+                "leave nfs.recover_lost_locks out of the kernel's options."
             )
     _try_locks(store_fd)
 

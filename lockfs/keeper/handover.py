@@ -249,6 +249,7 @@ class Claims:
             raise ImageBusy(f"image '{record.image.name}' is being written by {rival} on this host")
         if grant.kind is Kind.SUSPENDED:
             self._check_lineage(record, grant)
+        await self._leases.bind(record)
 
     def _check_lineage(self, record: Record, grant: Grant) -> None:
         """Refuse, for good, a grant whose lease somebody else has had since it was lost.

@@ -316,6 +316,20 @@ class Keeper:
         """Who else, of other hosts, holds the image."""
         return await self._backend.holders(image)
 
+    @property
+    def binds(self) -> bool:
+        """Whether `bind` does anything."""
+        return self._backend.binds
+
+    def bind(self, descriptor: int) -> None:
+        """Have the storage itself refuse what is written through a new description, should it give this
+        host's lease of the image away. On a worker thread.
+
+        Raises:
+            OSError: the storage refused that.
+        """
+        self._backend.bind(descriptor)
+
     def interrupt(self, tid: int) -> None:
         """A signal hit a thread that waits in `open` or `changing`: its wait ends with Interrupted."""
         self._waiting.interrupt(tid)

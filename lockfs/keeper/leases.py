@@ -6,6 +6,7 @@ takes the turn itself.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 
@@ -100,6 +101,25 @@ class Leases:
                     f"what is cached of image '{record.image.name}' could not be dropped: {error.strerror}"
                 ) from error
         record.announced = True
+
+    async def bind(self, record: Record) -> None:
+        """Have the storage itself refuse what the opens write that are about to, should it give the lease
+        away. The caller has the lease and the turn.
+
+        Raises:
+            BackendError: the storage refused that.
+        """
+        if self._backend.binds:
+            await self._workers.call(self._bind, record)
+
+    def _bind(self, record: Record) -> None:
+        for descriptor in self._surroundings.unwritten(record.image.inode):
+            try:
+                self._backend.bind(descriptor)
+            except OSError as error:
+                if error.errno != errno.EBADF:  # closed meanwhile
+                    name = record.image.name
+                    raise BackendError(f"an open of '{name}' cannot be bound: {error.strerror}") from error
 
     async def settle(self, record: Record) -> None:
         """Take the turn and give back what nobody needs; never raises an expected error, never cancelled.

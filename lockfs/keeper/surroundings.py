@@ -52,6 +52,11 @@ class Surroundings(Protocol):
         has no data, so only for a lease that is good.
         """
 
+    def unwritten(self, inode: int) -> list[int]:
+        """The descriptors of the image's opens whose gates ask, so that nothing can be changed through them
+        at this moment. Not of those whose gates are shut: what was begun there must stay refused.
+        """
+
     def taken(self, inode: int) -> None:
         """The lease was just taken: drop what is cached of the image, another host may have changed it."""
 

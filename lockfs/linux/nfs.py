@@ -6,7 +6,10 @@ import os
 import re
 from pathlib import Path
 
+TYPE = "nfs4"
+"""The type under which the kernel's tables have file systems of NFS 4, of any minor version."""
 _MOUNTSTATS = Path("/proc/self/mountstats")
+_RECOVERS = Path("/sys/module/nfs/parameters/recover_lost_locks")
 _LEASE_TIME = re.compile(rb"[\t,]lease_time=([0-9]{1,9})(?:,|$)", re.MULTILINE)
 
 
@@ -28,3 +31,13 @@ def lease_time(source: str) -> int | None:
             found = _LEASE_TIME.search(rest)
             return int(found[1]) if found is not None else None
     return None
+
+
+def recovers_lost_locks() -> bool:
+    """Whether the client takes locks anew that a server has dropped, without a word to who had them
+    (nfs.recover_lost_locks in the kernel's admin-guide/kernel-parameters); not so by default.
+    """
+    try:
+        return _RECOVERS.read_text().strip() in ("Y", "1")
+    except OSError:
+        return False

@@ -105,7 +105,7 @@ class Attributes:
             if descriptor is not None:
                 os.ftruncate(descriptor, wanted.st_size)
             else:
-                attempt(caller, os.truncate, path, wanted.st_size)
+                attempt(caller, syscalls.truncate, path, wanted.st_size, self._store.bind)
         if fields.update_uid or fields.update_gid:
             uid = wanted.st_uid if fields.update_uid else -1
             gid = wanted.st_gid if fields.update_gid else -1

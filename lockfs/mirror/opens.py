@@ -24,6 +24,7 @@ from lockfs.errors import BackendError, ImageBusy, LeaseUnavailable
 from lockfs.keeper.gate import GateState
 from lockfs.keeper.grants import Access, Grant
 from lockfs.keeper.openers import Opener, identify
+from lockfs.mirror import syscalls
 from lockfs.mirror.backings import Backing, Backings
 from lockfs.mirror.credentials import Caller
 from lockfs.mirror.inodes import Inode
@@ -133,14 +134,20 @@ class Opens:
         return image, opener
 
     def _open_own(self, start: Start, flags: int, caller: Caller, strict: bool) -> None:
-        """Open the handle's own descriptor, and truncate if asked."""
-        credentials = self._store.credentials
+        """Open the handle's own descriptor, and truncate if asked.
+
+        Bound before anything is changed through it, and after the lease was had: see Keeper.bind.
+        """
+        credentials, bind = self._store.credentials, self._store.bind
         run = credentials.run if strict else credentials.attempt
         path = start.backing.inode.path
         start.descriptor = run(caller, os.open, path, flags & KEPT | os.O_CLOEXEC)
+        read_only = flags & os.O_ACCMODE == os.O_RDONLY
+        if bind is not None and not read_only:
+            bind(start.descriptor)
         if flags & os.O_TRUNC:
-            if flags & os.O_ACCMODE == os.O_RDONLY:
-                run(caller, os.truncate, path, 0)
+            if read_only:
+                run(caller, syscalls.truncate, path, 0, bind)
             else:
                 os.ftruncate(start.descriptor, 0)
         start.status = os.fstat(start.descriptor)
@@ -165,6 +172,8 @@ class Opens:
                     await self._store.call(self._open_own, start, flags, caller, strict)
         if start.descriptor < 0:
             await self._store.call(self._open_own, start, flags, caller, strict)
+        elif entry and writes(flags) and self._store.bind is not None:
+            await self._store.call(self._store.bind, start.descriptor)  # it was made before there was a lease
         return self._enter(start, flags, start.grant, entry, caller.unique)
 
     def _enter(

@@ -84,6 +84,11 @@ class Store:
     def keeper(self, keeper: Keeper) -> None:
         self._keeper = keeper
 
+    @property
+    def bind(self) -> Callable[[int], None] | None:
+        """Keeper.bind, if it does anything."""
+        return self.keeper.bind if self.keeper.binds else None
+
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
         """Run a blocking function on a worker thread; cancellation waits for it to end."""
         return await trio.to_thread.run_sync(function, *arguments, limiter=self._limiter)

@@ -7,6 +7,7 @@ import os
 import time
 
 from lockfs.channel.handles import HandleTable, Kernel
+from lockfs.keeper.gate import GateState
 from lockfs.linux import calls, proc
 from lockfs.linux.proc import Process
 from lockfs.mirror.fences import Fences
@@ -87,6 +88,15 @@ class MirrorSurroundings:
             _await_direct_writes(handles[0].descriptor)
         if handles:
             _flush(handles[0].descriptor)
+
+    def unwritten(self, inode: int) -> list[int]:
+        """See the keeper's Surroundings."""
+        return [
+            handle.descriptor
+            for handle in self._handles.all()
+            if handle.nodeid == inode and handle.writable and not handle.dead
+            if handle.gate is not None and handle.gate.state is GateState.ASK
+        ]
 
     def taken(self, inode: int) -> None:
         """Drop the kernel's pages and attributes of an image that is open outside pure passthrough."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 
 from lockfs.linux.calls import AT_FDCWD
 
@@ -25,6 +26,19 @@ def _check(result: int) -> None:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def truncate(path: str, size: int, bind: Callable[[int], None] | None) -> None:
+    """truncate(2), through a description of its own if there is `bind`, which is given it first."""
+    if bind is None:
+        os.truncate(path, size)
+        return
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        bind(descriptor)
+        os.ftruncate(descriptor, size)
+    finally:
+        os.close(descriptor)
 
 
 def set_times(path: str, accessed: int | None, modified: int | None) -> None:

@@ -1,10 +1,10 @@
 """Hosts that share an NFS export with file locks: the server or a host dies, freezes or is cut off.
 
-The locks are the server's, and it decides when a silent host has lost them. It does not refuse what that host
-writes then: the client asks for its opens anew, and writes do not go through the description that has the
-locks (not in passthrough either: the kernel opens the backing file once more). So in guarded mode no write
-starts unless the locks were seen lately, and in passthrough A writes until lockfs has asked about its locks
-(docs/fencing.md). How much that is, is measured; that it ends is what these tests check.
+The locks are the server's, and it decides when a silent host has lost them. What that host writes then it
+refuses if it was begun through a description with a lock of its own, as every write through lockfs is
+(decision 23). A kernel that serves data in passthrough opens the file once more, without a lock: there A
+writes until lockfs has asked about its locks (docs/fencing.md). How much that is, is measured; that it ends
+is what these tests check.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _LOCKS_LOOKED_AT_S = 10.0
 """In so long a host surely asks whether it has its locks, which it does every 5 seconds at least."""
 
 
-def _scene(nfs: NfsServer, io: str = "auto") -> Scene:
-    return Scene(nfs, partial(nfs.host, options=f"io={io}"))
+def _scene(nfs: NfsServer, io: str = "auto", *, asked: bool = True) -> Scene:
+    return Scene(nfs, partial(nfs.host, options=f"io={io}"), asked=asked)
 
 
 def test_the_server_restarts(nfs: NfsServer, figures: Figures) -> None:
@@ -76,7 +76,7 @@ def test_a_host_that_was_frozen_stops(nfs: NfsServer, figures: Figures, clocks: 
     term = scene.judge()
     figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
     if io == "guarded":
-        nothing_stale(term, under_way=True)
+        nothing_stale(term)
 
 
 @_more
@@ -90,6 +90,33 @@ def test_a_host_that_is_cut_off_stops(nfs: NfsServer, figures: Figures, io: str)
     scene.aftermath()
     term = scene.judge()
     figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
+    if io == "guarded":
+        nothing_stale(term)
+
+
+@_more
+@pytest.mark.parametrize("io", ["guarded", "passthrough"])
+@pytest.mark.parametrize("fault", ["frozen", "frozen-with-clocks", "cut-off"])
+def test_a_host_that_nobody_had_asked_stops(nfs: NfsServer, figures: Figures, fault: str, io: str) -> None:
+    """Before the fault the server had delegated the image to A, whose kernel answers for the locks itself."""
+    scene = _scene(nfs, io, asked=False)
+    clocks = fault == "frozen-with-clocks"
+    if fault == "cut-off":
+        scene.a.link(up=False)
+    else:
+        scene.a.freeze(clocks=clocks)
+    gone_at = time.monotonic()
+    scene.ask()
+    after = scene.taken_over(gone_at)
+    if fault == "cut-off":
+        scene.a.link(up=True)
+    else:
+        scene.a.thaw(clocks=clocks)
+    scene.aftermath()
+    term = scene.judge()
+    figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
+    if io == "guarded":
+        nothing_stale(term)
 
 
 @_more
@@ -107,3 +134,4 @@ def test_a_server_that_has_forgotten_its_clients(nfs: NfsServer, figures: Figure
     scene.aftermath()
     term = scene.judge()
     figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
+    nothing_stale(term)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -67,6 +68,39 @@ async def test_first_write_takes_over_from_a_stopped_guest(a: Host, b: Host) -> 
         assert (source.kind, source.gate.state) == (Kind.PROVISIONAL, GateState.ASK)
         assert b.mount.calls.count("taken") == 1
         assert not b.storage.wanted[1]
+
+
+async def test_a_successor_is_bound_before_it_writes(a: Host, b: Host) -> None:
+    """Where the storage can refuse what is written, it is told of the successor's opens under the lease,
+    while their gates are shut; of a source that comes back too."""
+    a.backend.ties = b.backend.ties = True
+    async with migration(a, b) as (source, target):
+        a.mount.bytes[1].clear()
+        b.mount.bytes[1].add(2)
+        a.mount.unbound[1], b.mount.unbound[1] = [70], [80, 81]
+        await b.write(target)
+        assert b.backend.bound == [80, 81] and not a.backend.bound
+        await trio.sleep(0.5)
+        b.mount.bytes[1].clear()
+        await a.write(source)
+        assert a.backend.bound == [70]
+
+
+async def test_a_successor_that_cannot_be_bound_does_not_write(
+    a: Host, b: Host, expect_log: ExpectLog
+) -> None:
+    """It fails as if there were no lease; one that was closed meanwhile is no obstacle."""
+    b.backend.ties = True
+    async with migration(a, b) as (_, target):
+        a.mount.bytes[1].clear()
+        b.mount.unbound[1] = [80, 81]
+        b.backend.unbindable = {80: errno.EBADF, 81: errno.EIO}
+        with pytest.raises(LeaseUnavailable, match="cannot be bound: Input/output error"):
+            await b.write(target)
+        assert target.gate.state is GateState.ASK
+        b.backend.unbindable = {80: errno.EBADF}
+        await b.write(target)
+        assert b.backend.bound == [81]
 
 
 async def test_a_running_guest_yields_nothing(a: Host, b: Host) -> None:

@@ -14,6 +14,7 @@ contract: one call at a time for an image, no acquire while leased, a release on
 from __future__ import annotations
 
 import errno
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -112,6 +113,21 @@ class FakeBackend(Backend):
         self.listener: LeaseEvent = lambda lease: None
         self._inside: set[int] = set()
         self.before_release: Callable[[int], None] = lambda inode: None
+        self.ties = False
+        self.bound: list[int] = []
+        self.unbindable: dict[int, int] = {}
+
+    @property
+    def binds(self) -> bool:
+        """See Backend.binds."""
+        return self.ties
+
+    def bind(self, descriptor: int) -> None:
+        """Note it; those that are `unbindable` fail with the error number there."""
+        if descriptor in self.unbindable:
+            number = self.unbindable[descriptor]
+            raise OSError(number, os.strerror(number))
+        self.bound.append(descriptor)
 
     def fail(self, call: str, *numbers: int) -> None:
         """Let the given calls by that name (1 is the next one) fail; without numbers all from now on."""
@@ -244,7 +260,8 @@ class FakeMount:
     """The surroundings: who holds the write byte, who inherited what, and which calls were made.
 
     `unguarded` are images that a handle can change past its gate until they are revoked; `maps` who maps
-    which; `immortal` are pids that do not end when killed. So many flushes as `flush_fails` says fail.
+    which; `immortal` are pids that do not end when killed; `unbound` the descriptors that are about to be
+    written through. So many flushes as `flush_fails` says fail.
     """
 
     def __init__(self) -> None:
@@ -256,6 +273,7 @@ class FakeMount:
         self.calls: list[str] = []
         self.on_taken: Callable[[int], None] = lambda inode: None
         self.unguarded: set[int] = set()
+        self.unbound: dict[int, list[int]] = defaultdict(list)
         self.maps: dict[int, set[Process]] = defaultdict(set)
         self.revoke_lasts = 0.0
         self.killed: list[tuple[int, int]] = []
@@ -301,6 +319,9 @@ class FakeMount:
         if self.flush_fails:
             self.flush_fails -= 1
             raise OSError(errno.EIO, "Input/output error")
+
+    def unwritten(self, inode: int) -> list[int]:
+        return list(self.unbound[inode])
 
     def taken(self, inode: int) -> None:
         self._called("taken")

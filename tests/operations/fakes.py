@@ -61,6 +61,8 @@ class FakeKeeper:
 
     Fault model: `elsewhere` are inodes that another host holds; `failure` ends every request with that
     error; `kind` and `may_yield` are what writers get; `late` are inodes whose lease is never given back.
+    `binds`: the storage can refuse descriptors, and `bound` are those it was told of,
+    each with its status then.
     """
 
     def __init__(self) -> None:
@@ -75,6 +77,8 @@ class FakeKeeper:
         self.claimed = 0
         self.refuses_claims = False
         self.during = lambda image: None
+        self.binds = False
+        self.bound: list[tuple[int, os.stat_result]] = []
 
     def _check(self, purpose: str, image: Image) -> None:
         self.asked.append((purpose, image))
@@ -99,6 +103,9 @@ class FakeKeeper:
             return managed(image, opener, now)
         gate = Gate(GateState.ASK if self.kind is Kind.PROVISIONAL else GateState.OPEN)
         return Grant(image, opener, access, self.kind, gate, may_yield=self.may_yield, since=now)
+
+    def bind(self, descriptor: int) -> None:
+        self.bound.append((descriptor, os.fstat(descriptor)))
 
     async def close(self, grant: Grant) -> None:
         os.fstat(grant.image.descriptor)
