@@ -37,7 +37,7 @@ from lockfs.backends.base import (
     Owner,
 )
 from lockfs.backends.fcntl_options import FcntlOptions
-from lockfs.backends.file_lease import FcntlLease, Looks, probe_all
+from lockfs.backends.file_lease import FcntlLease, Looks, probe_all, still_ours
 from lockfs.backends.former_locks import FormerLocks
 from lockfs.backends.owners import OwnerRecords
 from lockfs.backends.remembered import Ledger, Stage
@@ -359,12 +359,22 @@ class FcntlBackend(Backend):
         image = lease.image
         if not image_locks.take(image.descriptor, lease.mode, self._parties):
             return False
-        if self.binds and bound.can_ask(image.descriptor):
-            bound.ask(image.descriptor)  # a client that was away may have granted them by itself
-        if self._lock_files is None:
-            return True
-        lease.lock_file = self._lock_files.take(image.path, lease.mode)
-        return lease.lock_file is not None
+        if self._lock_files is not None:
+            lease.lock_file = self._lock_files.take(image.path, lease.mode)
+            if lease.lock_file is None:
+                return False
+        return self._looks is None or self._is_known(lease, self._looks)
+
+    def _is_known(self, lease: FcntlLease, looks: Looks) -> bool:
+        """Whether the server knows the locks that were just granted: a client that was away may have granted
+        them by itself, and a server that was away so late that the look made before counts no more.
+        """
+        if looks.binds or not lease.in_time():
+            look = looks.now()
+            if not still_ours(looks, lease.image.descriptor, lease.mode):
+                return False
+            lease.saw_locks(look)
+        return True
 
     def _release(self, lease: FcntlLease) -> None:
         self._records.remove(lease.image.inode, lease.mode)

@@ -10,6 +10,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -17,7 +18,7 @@ import trio
 from lockfs.backends import bound, image_locks, storecheck
 from lockfs.backends.base import LeaseState, Mode
 from lockfs.backends.fcntl import FcntlOptions
-from lockfs.backends.file_lease import Looks, Probed, probe_all
+from lockfs.backends.file_lease import COUNTS_MAX_S, Looks, Probed, probe_all
 from lockfs.backends.nop import NopBackend
 from lockfs.errors import BackendError, SetupError
 from lockfs.linux import nfs, ofd
@@ -28,8 +29,11 @@ from .makers import FcntlMaker, StoreHost
 class _Time:
     late = 0.0
 
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
     def now(self) -> float:
-        return 1000.0
+        return self.seconds
 
 
 class Server:
@@ -168,7 +172,7 @@ async def test_an_image_that_cannot_be_read_is_asked_for_by_its_lock(tmp_path: P
         deadline = trio.current_time() + 5
         lease = await host.backend.acquire(image, Mode.EXCLUSIVE, host.owner, deadline)
         assert probe_all([lease]) == Probed()
-        assert not server.reads and server.locked_again == 1
+        assert not server.reads and server.locked_again == 2
         await host.backend.release(lease)
 
 
@@ -187,6 +191,27 @@ async def test_only_an_nfs_4_server_ties_them(tmp_path: Path, image: int) -> Non
         host.backend.bind(image)
         assert ofd.conflict(other, ofd.WRITE, 0, 0) is not None
     os.close(other)
+
+
+@pytest.mark.parametrize("binds", [True, False])
+async def test_a_server_that_was_away_while_the_locks_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, binds: bool
+) -> None:
+    """Whoever waited for it so long has the lease, and may write: the server was asked when it was back."""
+    time, take = _Time(), image_locks.take
+
+    def late(*arguments: Any) -> bool:
+        time.seconds += 2 * COUNTS_MAX_S
+        return take(*arguments)
+
+    monkeypatch.setattr(image_locks, "take", late)
+    async with FcntlMaker(tmp_path, [FcntlOptions()]).hosts(1) as (host,):
+        host.backend._local = False
+        host.backend._looks = Looks(time, None, binds=binds)
+        deadline = trio.current_time() + 5
+        lease = await host.backend.acquire(host.image("a"), Mode.EXCLUSIVE, host.owner, deadline)
+        assert lease.in_time()
+        await host.backend.release(lease)
 
 
 @pytest.mark.parametrize(("fstype", "ties"), [("nfs4", True), ("nfs", False), ("ceph", False)])
