@@ -33,6 +33,9 @@ _LOCAL_LOCK_OPTIONS: dict[str, tuple[str, ...]] = {
     "smb3": ("nobrl", "nolock"),
 }
 
+_UNTRIED = ("cifs", "smb3")
+"""File systems whose clients keep locks to themselves while the server lets them; they were not tried."""
+
 _ALONE = "use backend=nop if no other host has the store"
 
 _log = logging.getLogger(__name__)
@@ -90,6 +93,13 @@ def check_store(store_fd: int) -> None:
             raise SetupError(
                 f"The store is on {entry.fstype} ({entry.source}) mounted with {option}, which keeps locks "
                 f"from the other hosts: mount it without {option}, or {_ALONE}."
+            )
+        if entry.fstype in _UNTRIED:
+            _log.warning(
+                "The store is on %s (%s): a client of it may answer for the server whether locks are still "
+                "there, so a host that was cut off may write for longer than it should.",
+                entry.fstype,
+                entry.source,
             )
         if entry.fstype == nfs.TYPE and nfs.recovers_lost_locks():
             raise SetupError(

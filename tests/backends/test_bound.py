@@ -22,6 +22,7 @@ from lockfs.backends.file_lease import COUNTS_MAX_S, Looks, Probed, probe_all
 from lockfs.backends.nop import NopBackend
 from lockfs.errors import BackendError, SetupError
 from lockfs.linux import nfs, ofd
+from tests.conftest import ExpectLog
 
 from .makers import FcntlMaker, StoreHost
 
@@ -230,6 +231,17 @@ def _table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fstype: str) -> int:
     (tmp_path / "mountinfo").write_text(f"98 29 {where} / /srv rw - {fstype} filer:/vm rw,hard\n")
     monkeypatch.setattr(storecheck, "_MOUNTINFO", str(tmp_path / "mountinfo"))
     return os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+
+
+@pytest.mark.parametrize("fstype", ["cifs", "smb3"])
+def test_a_file_system_that_was_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect_log: ExpectLog, fstype: str
+) -> None:
+    """Its clients may answer by themselves too: told, once, at the start."""
+    expect_log(f"WARNING.*on {fstype} .*may answer for the server", 1)
+    store = _table(tmp_path, monkeypatch, fstype)
+    storecheck.check_store(store)
+    os.close(store)
 
 
 @pytest.mark.parametrize(("said", "refused"), [("Y\n", True), ("N\n", False), (None, False)])
