@@ -430,7 +430,8 @@ def processes_never_share(maker: Maker, directory: Path, rounds: int) -> None:
     """Processes that fight for one image are never inside together, and none of their work is lost.
 
     Each, while it holds the image, makes a marker file that must not exist and adds one to a counter by
-    reading and writing it. One in four asks for SHARED and only looks that no marker is there.
+    reading and writing it. One in four asks for SHARED and only looks that no marker is there. Each tries
+    `rounds` times, and for some seconds, at least.
     """
     directory.mkdir(exist_ok=True)
     script = str(Path(__file__).with_name("contender.py"))

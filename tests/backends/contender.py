@@ -23,7 +23,11 @@ from lockfs.backends.paxos.backend import PaxosBackend
 from lockfs.backends.paxos.options import LayoutKind, PaxosOptions
 from lockfs.errors import ImageBusy
 
+FIGHT_S = 3.0
+"""So long everybody fights, or a slow start of one who holds the image uses up all rounds of the others."""
 _PAUSE_S_MAX = 0.002
+_BREATH_S_MAX = 0.02
+"""Whoever had the image leaves it to others for a moment, or it would have it again most of the time."""
 
 
 def _store(spec: dict[str, Any]) -> int:
@@ -87,7 +91,7 @@ async def contend(task: dict[str, Any]) -> dict[str, Any]:
 
 
 async def fight(task: dict[str, Any], backend: Backend) -> dict[str, Any]:
-    """Acquire and release with the backend running."""
+    """Acquire and release with the backend running, so many rounds as asked for, and FIGHT_S at least."""
     spec, mode, witness = task["maker"], Mode(task["mode"]), Witness(Path(task["witness"]))
     path = os.fsencode(task["image"])
     descriptor = os.open(Path(spec["store"]) / task["image"], os.O_RDWR)
@@ -95,8 +99,10 @@ async def fight(task: dict[str, Any], backend: Backend) -> dict[str, Any]:
     owner = Owner(spec["host"], os.getpid(), "contender", 0.0)
     print("ready", flush=True)
     sys.stdin.readline()
-    wins = 0
-    for _ in range(task["rounds"]):
+    wins = rounds = 0
+    until = trio.current_time() + FIGHT_S
+    while rounds < task["rounds"] or trio.current_time() < until:
+        rounds += 1
         try:
             lease = await backend.acquire(image, mode, owner, trio.current_time() + task["attempt_s"])
         except ImageBusy:
@@ -105,6 +111,7 @@ async def fight(task: dict[str, Any], backend: Backend) -> dict[str, Any]:
         wins += 1
         witness.write() if mode is Mode.EXCLUSIVE else witness.read()
         await backend.release(lease)
+        await trio.sleep(random.random() * _BREATH_S_MAX)
     return {"mode": mode.value, "wins": wins, "trouble": witness.trouble}
 
 
