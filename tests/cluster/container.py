@@ -103,17 +103,23 @@ class Container:
 def _furnish(root: Path) -> None:
     units = root / "etc/systemd/system"
     units.mkdir(parents=True, exist_ok=True)
-    (units / "trial.target").write_text(_TARGET)
+    _put(units / "trial.target", _TARGET)
     for name, target in (("default.target", "trial.target"), ("timers.target", "/dev/null")):
         (units / name).unlink(missing_ok=True)
         (units / name).symlink_to(target)
-    shutil.copy(_PROJECT / "scripts/lockfs@.service", units)
+    _put(units / "lockfs@.service", (_PROJECT / "scripts/lockfs@.service").read_text())
     command = root / "usr/local/bin/lockfs"
     words = {"project": shlex.quote(str(_PROJECT)), "python": shlex.quote(sys.executable)}
-    command.write_text(_COMMAND.format(**words))
+    _put(command, _COMMAND.format(**words))
     command.chmod(0o755)
     for directory in ("etc/lockfs", STORE[1:], MOUNT[1:]):
         (root / directory).mkdir(parents=True, exist_ok=True)
+
+
+def _put(path: Path, text: str) -> None:
+    """Write a new file. One that is there already may be a link that leads out of the root."""
+    path.unlink(missing_ok=True)
+    path.write_text(text)
 
 
 @contextlib.contextmanager
