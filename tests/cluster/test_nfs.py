@@ -10,12 +10,15 @@ is what these tests check.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 
+from tests.cluster.guests import Guest
 from tests.cluster.rigs import NfsServer
 from tests.cluster.scenes import PATIENCE_S, SETTLED, Figures, Scene, nothing_stale
+from tests.cluster.witness import Term
 from tests.support.qemu import eventually
 
 pytestmark = pytest.mark.slow
@@ -23,9 +26,24 @@ _more = pytest.mark.cluster
 _LOCKS_LOOKED_AT_S = 10.0
 """In so long a host surely asks whether it has its locks, which it does every 5 seconds at least."""
 
+FAULTS: dict[str, tuple[Callable[[Guest], None], Callable[[Guest], None]]] = {
+    "frozen": (partial(Guest.freeze, clocks=False), partial(Guest.thaw, clocks=False)),
+    "frozen-with-clocks": (partial(Guest.freeze, clocks=True), partial(Guest.thaw, clocks=True)),
+    "cut-off": (partial(Guest.link, up=False), partial(Guest.link, up=True)),
+}
+"""What happens to A, and how it ends."""
+
 
 def _scene(nfs: NfsServer, io: str = "auto", *, asked: bool = True) -> Scene:
     return Scene(nfs, partial(nfs.host, options=f"io={io}"), asked=asked)
+
+
+def _came_back(scene: Scene, figures: Figures, after: float) -> Term:
+    """A is there again, `after` is how long B waited: note what it did with its old handle."""
+    scene.aftermath()
+    term = scene.judge()
+    figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
+    return term
 
 
 def test_the_server_restarts(nfs: NfsServer, figures: Figures) -> None:
@@ -65,56 +83,24 @@ def test_power_is_cut_mid_write(nfs: NfsServer, figures: Figures, io: str) -> No
 
 @_more
 @pytest.mark.parametrize("io", ["guarded", "passthrough"])
-@pytest.mark.parametrize("clocks", [False, True], ids=["clocks-run-on", "clocks-stop"])
-def test_a_host_that_was_frozen_stops(nfs: NfsServer, figures: Figures, clocks: bool, io: str) -> None:
-    """Guarded, A starts no write after it runs again, whatever its clocks say; passthrough is measured."""
-    scene = _scene(nfs, io)
-    scene.a.freeze(clocks=clocks)
-    after = scene.taken_over(time.monotonic())
-    scene.a.thaw(clocks=clocks)
-    scene.aftermath()
-    term = scene.judge()
-    figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
-    if io == "guarded":
-        nothing_stale(term)
+@pytest.mark.parametrize("asked", [True, False], ids=["asked-before", "not-asked-before"])
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_host_that_comes_back_stops(
+    nfs: NfsServer, figures: Figures, fault: str, asked: bool, io: str
+) -> None:
+    """Guarded, nothing that A writes lands once B has the image, whatever its clocks say; else it is measured.
 
-
-@_more
-@pytest.mark.parametrize("io", ["guarded", "passthrough"])
-def test_a_host_that_is_cut_off_stops(nfs: NfsServer, figures: Figures, io: str) -> None:
-    """A's network is unplugged until B writes."""
-    scene = _scene(nfs, io)
-    scene.a.link(up=False)
-    after = scene.taken_over(time.monotonic())
-    scene.a.link(up=True)
-    scene.aftermath()
-    term = scene.judge()
-    figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
-    if io == "guarded":
-        nothing_stale(term)
-
-
-@_more
-@pytest.mark.parametrize("io", ["guarded", "passthrough"])
-@pytest.mark.parametrize("fault", ["frozen", "frozen-with-clocks", "cut-off"])
-def test_a_host_that_nobody_had_asked_stops(nfs: NfsServer, figures: Figures, fault: str, io: str) -> None:
-    """Before the fault the server had delegated the image to A, whose kernel answers for the locks itself."""
-    scene = _scene(nfs, io, asked=False)
-    clocks = fault == "frozen-with-clocks"
-    if fault == "cut-off":
-        scene.a.link(up=False)
-    else:
-        scene.a.freeze(clocks=clocks)
+    If nobody asked before, the server had delegated the image to A, whose kernel answers for its locks itself.
+    """
+    begin, end = FAULTS[fault]
+    scene = _scene(nfs, io, asked=asked)
+    begin(scene.a)
     gone_at = time.monotonic()
-    scene.ask()
+    if not asked:
+        scene.ask()
     after = scene.taken_over(gone_at)
-    if fault == "cut-off":
-        scene.a.link(up=True)
-    else:
-        scene.a.thaw(clocks=clocks)
-    scene.aftermath()
-    term = scene.judge()
-    figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
+    end(scene.a)
+    term = _came_back(scene, figures, after)
     if io == "guarded":
         nothing_stale(term)
 
@@ -130,8 +116,4 @@ def test_a_server_that_has_forgotten_its_clients(nfs: NfsServer, figures: Figure
         lambda: scene.first.failing() or scene.second.status()["state"] == "writing",
         "A has lost its image, or B has it", PATIENCE_S, 0.1,
     )  # fmt: skip
-    after = scene.taken_over(back_at)
-    scene.aftermath()
-    term = scene.judge()
-    figures(takeover_s=round(after, 1), records=term.landed, stale=len(term.stale))
-    nothing_stale(term)
+    nothing_stale(_came_back(scene, figures, scene.taken_over(back_at)))
