@@ -69,10 +69,11 @@ class OpenFile:
 
 @dataclass
 class Start:
-    """What an open has in hand so far; all of it goes back if the open fails."""
+    """What an open has in hand so far; all of it goes back if the open fails. `bound`: see Keeper.bind."""
 
     backing: Backing
     descriptor: int = -1
+    bound: bool = False
     grant: Grant | None = None
     status: os.stat_result | None = None
 
@@ -145,6 +146,7 @@ class Opens:
         read_only = flags & os.O_ACCMODE == os.O_RDONLY
         if bind is not None and not read_only:
             bind(start.descriptor)
+            start.bound = True
         if flags & os.O_TRUNC:
             if read_only:
                 run(caller, syscalls.truncate, path, 0, bind)
@@ -172,7 +174,7 @@ class Opens:
                     await self._store.call(self._open_own, start, flags, caller, strict)
         if start.descriptor < 0:
             await self._store.call(self._open_own, start, flags, caller, strict)
-        elif entry and writes(flags) and self._store.bind is not None:
+        elif flags & os.O_ACCMODE != os.O_RDONLY and not start.bound and self._store.bind is not None:
             await self._store.call(self._store.bind, start.descriptor)  # it was made before there was a lease
         return self._enter(start, flags, start.grant, entry, caller.unique)
 

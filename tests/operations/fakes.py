@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import os
 import time
@@ -105,6 +107,8 @@ class FakeKeeper:
         return Grant(image, opener, access, self.kind, gate, may_yield=self.may_yield, since=now)
 
     def bind(self, descriptor: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "the description cannot carry a write lock")
         self.bound.append((descriptor, os.fstat(descriptor)))
 
     async def close(self, grant: Grant) -> None:

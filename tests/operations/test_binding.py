@@ -70,6 +70,15 @@ async def test_a_new_file_is_bound(binding: Bench, access: int) -> None:
     await binding.mirror.release(made.fh)
 
 
+@pytest.mark.parametrize("access", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR])
+async def test_a_file_that_another_host_made_first_is_bound_once(binding: Bench, access: int) -> None:
+    """A create that finds it there and truncates it binds a description before, and that is enough."""
+    made, _ = await binding.mirror.create(1, b"image", 0o644, access | os.O_CREAT | os.O_TRUNC, Caller())
+    ((_, status),) = binding.keeper.bound
+    assert status.st_size == SIZE and not (binding.path / "image").stat().st_size
+    await binding.mirror.release(made.fh)
+
+
 async def test_what_is_about_to_write(binding: Bench) -> None:
     """The handles for writing whose gates ask, of that image only, and no dead ones.
 
