@@ -12,7 +12,7 @@ from lockfs.paxos.seams import Clock, WallClock
 
 RTC_COUNTS_S = 0.001
 """For how long a reading of the hardware's clock counts at least: writes ask for it all the time."""
-RTC_SHARE = 50
+RTC_SHARE = 20
 """Reading takes at most this part of the time: it is 0.1 ms on a machine, and milliseconds in slow guests."""
 RTC_READ_MAX_S = 0.01
 """A hardware clock that takes longer to read would hold up writes."""
