@@ -112,7 +112,8 @@ class FcntlLease(Lease):
 
 
 def still_ours(looks: Looks | None, descriptor: int, mode: Mode) -> bool:
-    """Whether the storage still takes the locks on a description for ours; blocks.
+    """Whether the storage still takes the locks on a description for ours; blocks. One that cannot be read
+    through is asked about by its lock on NFS 4 too.
 
     Raises:
         OSError: one of image_locks.LOST if it knows that they are lost; others if it did not say.

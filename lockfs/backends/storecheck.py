@@ -33,7 +33,7 @@ _LOCAL_LOCK_OPTIONS: dict[str, tuple[str, ...]] = {
     "smb3": ("nobrl", "nolock"),
 }
 
-_UNTRIED = ("cifs", "smb3")
+_UNTRIED = frozenset({"cifs", "smb3"})
 """File systems whose clients keep locks to themselves while the server lets them; they were not tried."""
 
 _ALONE = "use backend=nop if no other host has the store"
@@ -87,19 +87,13 @@ def check_store(store_fd: int) -> None:
     Raises:
         SetupError: locks do not work; the sentence says what to do.
     """
-    for entry in mount_entries(store_fd):
+    entries = mount_entries(store_fd)
+    for entry in entries:
         option = local_lock_option(entry)
         if option is not None:
             raise SetupError(
                 f"The store is on {entry.fstype} ({entry.source}) mounted with {option}, which keeps locks "
                 f"from the other hosts: mount it without {option}, or {_ALONE}."
-            )
-        if entry.fstype in _UNTRIED:
-            _log.warning(
-                "The store is on %s (%s): a client of it may answer for the server whether locks are still "
-                "there, so a host that was cut off may write for longer than it should.",
-                entry.fstype,
-                entry.source,
             )
         if entry.fstype == nfs.TYPE and nfs.recovers_lost_locks():
             raise SetupError(
@@ -107,6 +101,12 @@ def check_store(store_fd: int) -> None:
                 "others anew without a word: write N to /sys/module/nfs/parameters/recover_lost_locks, and "
                 "leave nfs.recover_lost_locks out of the kernel's options."
             )
+    for fstype in {entry.fstype for entry in entries} & _UNTRIED:
+        _log.warning(
+            "The store is on %s: a client of it may answer for the server whether locks are still there, so "
+            "a host that was cut off may write for longer than it should.",
+            fstype,
+        )
     _try_locks(store_fd)
 
 

@@ -228,7 +228,10 @@ def test_the_store_says_which_it_is(
 def _table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fstype: str) -> int:
     device = os.stat(tmp_path).st_dev
     where = f"{os.major(device)}:{os.minor(device)}"
-    (tmp_path / "mountinfo").write_text(f"98 29 {where} / /srv rw - {fstype} filer:/vm rw,hard\n")
+    (tmp_path / "mountinfo").write_text(
+        f"98 29 {where} / /srv rw - {fstype} filer:/vm rw,hard\n"
+        f"99 29 {where} /a /mnt rw - {fstype} filer:/vm rw,hard\n"
+    )
     monkeypatch.setattr(storecheck, "_MOUNTINFO", str(tmp_path / "mountinfo"))
     return os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
 
@@ -237,8 +240,8 @@ def _table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fstype: str) -> int:
 def test_a_file_system_that_was_not_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect_log: ExpectLog, fstype: str
 ) -> None:
-    """Its clients may answer by themselves too: told, once, at the start."""
-    expect_log(f"WARNING.*on {fstype} .*may answer for the server", 1)
+    """Its clients may answer by themselves too: told, once, at the start, wherever else it is mounted."""
+    expect_log(f"WARNING.*on {fstype}: .*may answer for the server", 1)
     store = _table(tmp_path, monkeypatch, fstype)
     storecheck.check_store(store)
     os.close(store)

@@ -88,9 +88,10 @@ def test_power_is_cut_mid_write(nfs: NfsServer, figures: Figures, io: str) -> No
 def test_a_host_that_comes_back_stops(
     nfs: NfsServer, figures: Figures, fault: str, asked: bool, io: str
 ) -> None:
-    """Guarded, nothing that A writes lands once B has the image, whatever its clocks say; else it is measured.
+    """Guarded, nothing that A writes lands once B has the image, whatever its clocks say; else that is
+    measured.
 
-    If nobody asked before, the server had delegated the image to A, whose kernel answers for its locks itself.
+    If nobody asked before, the server had delegated the image to A, whose kernel answers for the locks.
     """
     begin, end = FAULTS[fault]
     scene = _scene(nfs, io, asked=asked)
